@@ -1,0 +1,172 @@
+"""Settings of CogVideo (2022): frozen, checked when built, without a single default that has to be None.
+
+`PRESETS` maps a name to a function, so that nothing is built at import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+TemporalChannel = Literal["none", "full", "window"]
+Compat = Literal["release", "exact"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """One dual-channel transformer (paper section 4; upstream `models/cogvideo_model.py`).
+
+    `image_position_offset` is the position id of the first image token of the first frame; ids below
+    `image_position_offset + frame_len` use the base table, later ones the extra (temporal) table.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int = 64
+    vocab_size: int = 150010  # rows of the embedding table: image tokens, text pieces, spare rows
+    num_image_tokens: int = 20000  # image tokens are the ids 0 .. num_image_tokens - 1
+    start_of_image: int = 150000
+    pad_token: int = 20003
+    max_text_len: int = 64  # of a training row; inference pads to the longest text of its batch
+    num_positions: int = 1024
+    num_extra_positions: int = 2000
+    image_position_offset: int = 512
+    grid: tuple[int, int] = (20, 20)  # (rows, columns) of one frame's tokens
+    num_frames: int = 5
+    temporal: TemporalChannel = "full"
+    window: int = 0  # side of the square windows of temporal="window", shifted by half on odd layers
+    layernorm_eps: float = 1e-5
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.num_layers > 0 and self.num_heads > 0 and self.head_dim > 0, "sizes must be positive")
+        legal = get_args(TemporalChannel)
+        require(self.temporal in legal, f"unknown temporal channel {self.temporal!r}; legal: {legal}")
+        require(
+            self.num_image_tokens < self.vocab_size,
+            f"vocab_size {self.vocab_size} must exceed num_image_tokens {self.num_image_tokens}",
+        )
+        for name in ("start_of_image", "pad_token"):
+            token = getattr(self, name)
+            require(
+                self.num_image_tokens <= token < self.vocab_size,
+                f"{name} must lie in {self.num_image_tokens}..{self.vocab_size - 1}, got {token}",
+            )
+        self._check_positions()
+        self._check_window()
+
+    def _check_positions(self) -> None:
+        needed = self.image_position_offset + self.frame_len
+        require(self.num_positions >= needed, f"num_positions must be >= {needed}, got {self.num_positions}")
+        extra = (self.num_frames - 1) * self.frame_len
+        require(
+            self.num_extra_positions >= extra,
+            f"num_extra_positions must be >= {extra}, got {self.num_extra_positions}",
+        )
+        require(
+            self.max_text_len <= self.image_position_offset,
+            f"max_text_len {self.max_text_len} exceeds image_position_offset {self.image_position_offset}",
+        )
+
+    def _check_window(self) -> None:
+        if self.temporal != "window":
+            require(self.window == 0, f'window {self.window} needs temporal="window"')
+            return
+        fits = self.window > 0 and all(side % self.window == 0 for side in self.grid)
+        require(fits, f"window must divide the grid {self.grid}, got {self.window}")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def frame_len(self) -> int:
+        """Tokens of one frame."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTemplates:
+    """Texts of the stages; {prompt} and {duration} (seconds that five frames span) are filled in."""
+
+    first_frame: str = "{prompt} 高清摄影"
+    keyframes: str = "{duration}秒<n>{prompt}"
+    keyframes_guided: str = "{duration}秒<n>{prompt} 视频"
+    keyframes_guider: str = "{duration}秒<n>视频"
+    interpolation: str = "{duration}秒<n>{prompt}"
+    super_resolution: str = "{prompt}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CogLMConfig:
+    """One two-step draw (upstream `coglm_strategy.py`): a cluster out of the `top_k` largest at `temperature`, then
+    a token of it at `temperature` * `temperature2`."""
+
+    temperature: float = 1.05
+    top_k: int = 12
+    temperature2: float = 0.89
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"temperature must be > 0, got {self.temperature}")
+        require(self.temperature2 > 0, f"temperature2 must be > 0, got {self.temperature2}")
+        require(self.top_k >= 1, f"top_k must be >= 1, got {self.top_k}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn.
+
+    `compat="release"` keeps the oddities of the released inference code: given frames of the interpolation see
+    across the frame's borders on odd layers, the temporal channel of a prefill ignores the text weight, and the
+    first frame's last token is drawn with `default` instead of `first_frame`. "exact" makes cached generation
+    equal to the training forward.
+    """
+
+    first_frame: CogLMConfig = CogLMConfig(temperature=1.0, top_k=16)
+    default: CogLMConfig = CogLMConfig()
+    guidance_alpha: float = 3.0  # 1 turns guidance of the key frames off
+    log_text_attention_weights: float = 1.4  # added to frame -> text scores wherever there is no guidance
+    keyframe_duration: float = 4.0  # seconds that the key frames span
+    interpolation_durations: tuple[float, ...] = (2.0, 1.0, 0.5)  # one round each, halving the frame distance
+    max_batch: int = 8  # interpolation blocks generated together
+    prompts: PromptTemplates = PromptTemplates()
+    compat: Compat = "exact"
+
+    def __post_init__(self) -> None:
+        legal = get_args(Compat)
+        require(self.compat in legal, f"unknown compat {self.compat!r}; legal: {legal}")
+        require(self.max_batch >= 1, f"max_batch must be >= 1, got {self.max_batch}")
+        require(self.keyframe_duration > 0, f"keyframe_duration must be > 0, got {self.keyframe_duration}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CogVideoConfig:
+    """The whole model: both stages, the optional super-resolution, the image codec and the sampling."""
+
+    keyframes: TransformerConfig
+    interpolation: TransformerConfig
+    vqvae: VQVAEConfig
+    super_resolution: Any = None  # None: the frames stay as small as the transformer makes them
+    sampling: SamplingConfig = SamplingConfig()
+
+
+def cogvideo() -> CogVideoConfig:
+    """The released CogVideo without its super-resolution stage."""
+    keyframes = TransformerConfig(num_layers=48, num_heads=48, hidden_dropout=0.1, attention_dropout=0.1)
+    return CogVideoConfig(
+        keyframes=keyframes,
+        interpolation=replace(keyframes, temporal="window", window=10),
+        vqvae=VQVAEConfig(),
+        sampling=SamplingConfig(compat="release"),
+    )
+
+
+PRESETS: dict[str, Callable[[], CogVideoConfig]] = {"cogvideo": cogvideo}
