@@ -49,7 +49,9 @@ class Video:
     def from_pixels(pixels_CTHW: Tensor, fps: float) -> Video:
         """Inverse of `to_pixels`: float [3, T, H, W] in -1..1, clamped and rounded to uint8."""
         frames = ((pixels_CTHW.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        return Video(frames=frames.permute(1, 2, 3, 0).contiguous().cpu(), fps=fps)  # [C, T, H, W] -> [T, H, W, C]
+        return Video(
+            frames=frames.permute(1, 2, 3, 0).contiguous().cpu(), fps=fps
+        )  # [C, T, H, W] -> [T, H, W, C]
 
     def save(self, path: str | Path, **options: Any) -> Path:
         """Write to mp4, gif, mkv (lossless) or a folder of png; see `shared.video_io.write_video`."""

@@ -1,0 +1,69 @@
+"""Frozen dataclass configs to and from JSON, strictly: an unknown or missing field is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shared.errors import WeightsError
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_plain(value: Any) -> Any:
+    """Nested dataclasses and tuples to dicts and lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(kind: type[ConfigT], plain: dict[str, Any]) -> ConfigT:
+    """Inverse of `to_plain` for a dataclass type. Raises WeightsError naming fields that do not belong."""
+    hints = typing.get_type_hints(kind)
+    fields = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown, missing = sorted(plain.keys() - fields), sorted(fields - plain.keys())
+    if unknown or missing:
+        raise WeightsError(f"{kind.__name__}: unknown fields {unknown}, missing fields {missing}")
+    return kind(**{name: _parse(hints[name], value) for name, value in plain.items()})
+
+
+def _parse(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_plain(hint, value)  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [a for a in args if a is not type(None)]
+        dataclass_like = [a for a in options if dataclasses.is_dataclass(a) or typing.get_origin(a) is tuple]
+        return value if value is None or not dataclass_like else _parse(dataclass_like[0], value)
+    if origin is tuple and isinstance(value, list):
+        inner = [args[0]] * len(value) if args[-1:] == (Ellipsis,) else list(args)
+        return tuple(_parse(a, v) for a, v in zip(inner, value, strict=True))
+    return value
+
+
+def save_config(config: Any, path: Path, **header: Any) -> None:
+    """Write a config as JSON under "config", beside whatever identifies it (family, format version)."""
+    text = json.dumps(header | {"config": to_plain(config)}, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def load_config(kind: type[ConfigT], path: Path) -> ConfigT:
+    """Read what `save_config` wrote."""
+    return from_plain(kind, read_header(path)["config"])
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The whole JSON object of a config file; WeightsError when it is not one of ours."""
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+    if not isinstance(plain, dict) or not isinstance(plain.get("config"), dict):
+        raise WeightsError(f'{path} is not a model config of this project (no "config" object in it)')
+    return plain
