@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 TemporalChannel = Literal["none", "full", "window"]
 Compat = Literal["release", "exact"]
+CodebookUpdate = Literal["ema", "gradient"]  # moving averages, or the quantiser's loss
 
 
 def require(condition: bool, message: str) -> None:
@@ -91,6 +92,63 @@ class TransformerConfig:
     def frame_len(self) -> int:
         """Tokens of one frame."""
         return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAEConfig:
+    """The hierarchical image codec of icetk; the defaults are the release.
+
+    A rate is the number of pixels per code along each axis. `decoder_multipliers` holds one tuple per rate, the
+    coarsest rate first (inside a tuple: finest pixels first); `rates` says which of these are built.
+    """
+
+    base_channels: int = 128
+    encoder_multipliers: tuple[int, ...] = (1, 2, 4)
+    num_res_blocks: int = 2
+    encoder_out_channels: int = 256
+    codebook_size: int = 20000
+    code_dim: int = 256
+    decoder_multipliers: tuple[tuple[int, ...], ...] = ((1, 1, 1, 2, 4), (1, 1, 2, 4), (1, 2, 4))
+    decoder_res_blocks: int = 1
+    norm_groups: int = 32
+    rates: tuple[int, ...] = (4, 8, 16)
+    commitment_cost: float = 1.0
+    codebook_update: CodebookUpdate = "ema"
+    pixel_mean: tuple[float, float, float] = (0.79093, 0.76271, 0.75340)  # of RGB in 0..1
+    pixel_std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.rates) > 0 and list(self.rates) == [r for r in self.legal_rates if r in self.rates],
+            f"rates must be an ascending part of {self.legal_rates}, got {self.rates}",
+        )
+        for rate in self.rates:
+            got, needed = len(self.multipliers_of(rate)), rate.bit_length()
+            require(got == needed, f"the decoder of rate {rate} needs {needed} multipliers, got {got}")
+        multipliers = {*self.encoder_multipliers, *(m for ms in self.decoder_multipliers for m in ms)}
+        widths = sorted(m * self.base_channels for m in multipliers | {1})
+        require(
+            all(width % self.norm_groups == 0 for width in widths),
+            f"norm_groups {self.norm_groups} must divide the channels {widths}",
+        )
+        updates = get_args(CodebookUpdate)
+        require(
+            self.codebook_update in updates,
+            f"unknown codebook_update {self.codebook_update!r}; legal: {updates}",
+        )
+
+    @property
+    def encoder_rate(self) -> int:
+        """Pixels per position after the shared encoder, before any extra down-sampler."""
+        return 2 ** (len(self.encoder_multipliers) - 1)
+
+    @property
+    def legal_rates(self) -> tuple[int, ...]:
+        return tuple(self.encoder_rate << level for level in range(len(self.decoder_multipliers)))
+
+    def multipliers_of(self, rate: int) -> tuple[int, ...]:
+        """Channel multipliers of the decoder of this rate, finest pixels first."""
+        return self.decoder_multipliers[-1 - self.legal_rates.index(rate)]
 
 
 @dataclass(frozen=True, kw_only=True)
