@@ -1,8 +1,8 @@
 """Checkpoint formats as tables, and the readers and writer of weight files.
 
-A table is a tuple of rules. A rule's names are exact but for placeholders: `{n}` (also `{i}`, `{j}`, `{k}`, `{m}`)
-is a run of digits, `{p}` is `weight` or `bias`, `{name}` is any text that is not empty, dots included. A placeholder
-stands for the same text wherever it occurs in a rule.
+A table is a tuple of rules. A rule's names are exact but for placeholders: `{n}` (also `{i}`, `{j}`, `{k}`,
+`{m}`) is a run of digits, `{p}` is `weight` or `bias`, `{name}` is any text that is not empty, dots included.
+A placeholder stands for the same text wherever it occurs in a rule.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def reshape(
 
 
 def convert(tensors: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
-    """Rewrite `tensors` by `table`. Exactly one rule must fit every key, every rule's sources must come together,
-    and no two rules may write the same name; else WeightsError with the first offenders and their counts."""
+    """Rewrite `tensors` by `table`. Exactly one rule must fit every key, a rule's sources must come together,
+    no two rules may write the same name; else WeightsError with the first offenders and their counts."""
     groups, problems = _group(tensors, table)
     result: dict[str, Tensor] = {}
     for (index, binding), parts in groups.items():
@@ -221,8 +221,9 @@ def _describe(problems: Mapping[str, Sequence[str]]) -> str:
 
 
 def load_tensors(path: str | Path, *, device: str = "cpu") -> dict[str, Tensor]:
-    """Names and tensors of a .safetensors file, a torch file (tensors only: nothing in it is executed) or a folder:
-    sharded with an index, one weight file, or SAT (with `latest`). `device="meta"` reads names, shapes and dtypes.
+    """Names and tensors of a .safetensors file, a torch file (tensors only: nothing in it is executed) or a
+    folder: sharded with an index, one weight file, or SAT (with `latest`). `device="meta"` reads only names,
+    shapes and dtypes.
 
     Raises WeightsError with a one-line reason (missing, truncated, a Git LFS pointer, not a checkpoint, ...).
     """
@@ -240,7 +241,7 @@ def load_metadata(path: str | Path) -> dict[str, str]:
 
 
 def sat_checkpoint_file(folder: str | Path) -> Path:
-    """The one weight file of a SAT folder: `latest` names an iteration or "release"; a nested folder is found."""
+    """The one weight file of a SAT folder (or of one nested in it): `latest` names the iteration."""
     files = sat_checkpoint_files(folder)
     if len(files) > 1:
         raise WeightsError(f"{files[0].parent} has {len(files)} model-parallel parts; merge them first")
@@ -301,10 +302,8 @@ def _load_shards(index: Path, device: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         tensors |= load_tensors(index.parent / shard, device=device)
-    if problems := _describe(
-        {"missing": sorted(places.keys() - tensors), "extra": sorted(tensors - places.keys())}
-    ):
-        raise WeightsError(f"shards differ from {index}: {problems}")
+    if absent := sorted(places.keys() - tensors.keys()):
+        raise WeightsError(f"shards of {index} lack tensors: {_describe({'missing': absent})}")
     return tensors
 
 
@@ -340,8 +339,8 @@ def _open_safetensors(path: Path) -> Any:
 def _load_safetensors(path: Path, device: str) -> dict[str, Tensor]:
     with _open_safetensors(path) as file:
         if device != "meta":
-            return {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - not a dict
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name).to(device) for name in file.keys()}
+        slices = {name: file.get_slice(name) for name in file.keys()}
         return {
             name: torch.empty(part.get_shape(), dtype=_dtype(part.get_dtype()), device="meta")
             for name, part in slices.items()
@@ -406,7 +405,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
 def save_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a .safetensors file atomically: after a crash there is the old file or the new one, never half of one."""
+    """Write a .safetensors file atomically: after a crash there is the old file or the new one, no half."""
     with atomic_path(path) as temporary:
         save_file(_unshared(tensors), temporary, dict(metadata or {}))
     return Path(path)
@@ -415,8 +414,9 @@ def save_tensors(
 def load_into(
     model: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Load strictly; WeightsError lists missing and extra names and other shapes. A model built on the meta device
-    takes the tensors themselves (and their dtype); `dtype` casts the floating ones first. Returns `model`."""
+    """Load strictly and return `model`; WeightsError lists missing and extra names and other shapes. A model
+    built on the meta device takes the tensors themselves (and their dtype); `dtype` casts floating ones first.
+    """
     wanted = model.state_dict()
     shapes = [
         f"{name} {list(tensors[name].shape)} instead of {list(wanted[name].shape)}"

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from shared.errors import OutputPathError
 
 @contextmanager
 def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path` (created if absent); on success it becomes `path`, on failure
-    nothing is left. The temporary name keeps the suffix, because writers choose their format by it.
+    """Yield a temporary path in the folder of `path` (created if absent); on success it becomes `path`, on
+    failure nothing is left. The temporary name keeps the suffix, because writers choose their format by it.
 
-    Raises OutputPathError where `path` exists and `overwrite` is false, or where the folder cannot be written.
+    Raises OutputPathError where `path` exists and `overwrite` is false or the folder cannot be written.
     """
     path = Path(path)
     _refuse(path, overwrite)
@@ -51,9 +51,15 @@ def _refuse(path: Path, overwrite: bool) -> None:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    if path.is_dir() and temporary.is_dir():  # a folder cannot be renamed over a folder that has files
-        shutil.rmtree(path)
+    if not path.is_dir():
+        os.replace(temporary, path)
+        return
+    old = temporary.with_name(
+        temporary.name + ".old"
+    )  # a folder cannot be renamed over a folder that has files
+    os.replace(path, old)
     os.replace(temporary, path)
+    _remove(old)
 
 
 def _sync(path: Path) -> None:
@@ -68,4 +74,5 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # absent, or its folder could never be written
+            path.unlink()

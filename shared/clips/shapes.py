@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -364,3 +364,28 @@ def parse(prompt: str) -> dict[str, str]:
     if ground and ground[1] in BACKGROUNDS:
         found["background"] = ground[1]
     return found
+
+
+def batch(
+    seed: int, step: int, size: int, *, num_frames: int = NUM_FRAMES, split: Split = "train"
+) -> list[tuple[Scene, Video]]:
+    """The clips of one training step: a function of (seed, step), so a resumed run sees the same data."""
+    rng = np.random.default_rng([seed, step])
+    drawn = [draw_scene(rng, split) for _ in range(size)]
+    return [(scene, render(scene, num_frames=num_frames)) for scene in drawn]
+
+
+def stills(seed: int, step: int, size: int, *, split: Split = "train") -> tuple[torch.Tensor, list[Caption]]:
+    """Single frames for image training: float32 [size, 3, 64, 64] in -1..1 and their captions. The object
+    stands where it may be at any moment of a clip."""
+    rng = np.random.default_rng([seed, step, 1])
+    pixels, said = [], []
+    for _ in range(size):
+        scene = draw_scene(rng, split)
+        moment = int(rng.integers(NUM_FRAMES))
+        dx, dy = DIRECTIONS[scene.caption.motion]
+        moved = scene.travel * moment / (NUM_FRAMES - 1)
+        scene = replace(scene, start=(scene.start[0] + dx * moved, scene.start[1] + dy * moved))
+        pixels.append(render(scene, num_frames=1).to_pixels()[:, 0])
+        said.append(scene.caption)
+    return torch.stack(pixels), said
