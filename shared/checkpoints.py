@@ -415,7 +415,7 @@ def load_into(
     model: nn.Module, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """Load strictly and return `model`; WeightsError lists missing and extra names and other shapes. A model
-    built on the meta device takes the tensors themselves (and their dtype); `dtype` casts floating ones first.
+    built on the meta device takes the tensors themselves and their dtype; `dtype` casts floating ones first.
     """
     wanted = model.state_dict()
     shapes = [
