@@ -98,8 +98,8 @@ class TransformerConfig:
 class VQVAEConfig:
     """The hierarchical image codec of icetk; the defaults are the release.
 
-    A rate is the number of pixels per code along each axis. `decoder_multipliers` holds one tuple per rate, the
-    coarsest rate first (inside a tuple: finest pixels first); `rates` says which of these are built.
+    A rate is the number of pixels per code along each axis. `decoder_multipliers` holds one tuple per rate,
+    the coarsest rate first (inside a tuple: finest pixels first); `rates` says which of these are built.
     """
 
     base_channels: int = 128

@@ -233,7 +233,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z_BDhw: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] by squared distance, in float32; |z|^2, the same for all codes, is left out."""
+        """Codes int64 [B, h, w] by squared distance, in float32 (without |z|^2, a constant)."""
         z_ND, codebook = _positions(z_BDhw).float(), self.codebook.float()
         norms_K = codebook.square().sum(1)
         rows = max(1, DISTANCES_PER_CHUNK // len(codebook))
@@ -367,13 +367,17 @@ class VQVAE(nn.Module):
         self.quantizer.init_codebook(_joined(z), generator)
 
     def ema_update(
-        self, output: VQVAEOutput, *, decay: float = 0.99, generator: torch.Generator | None = None
+        self,
+        output: VQVAEOutput,
+        *,
+        decay: float = 0.99,
+        dead_below: float = 0.03,
+        generator: torch.Generator | None = None,
     ) -> int:
         """One moving-average step over all rates of a training forward; returns how many codes restarted."""
         codes = torch.cat([codes.flatten() for codes in output.codes.values()])
-        return self.quantizer.ema_update(
-            _joined([*output.z_e.values()]), codes, decay=decay, generator=generator
-        )
+        z = _joined([*output.z_e.values()])
+        return self.quantizer.ema_update(z, codes, decay=decay, dead_below=dead_below, generator=generator)
 
     def features(self, pixels: Tensor, coarsest_rate: int) -> dict[int, Tensor]:
         """Encoder features [B, C, h, w] of every rate up to the coarsest one asked for."""
