@@ -1,0 +1,43 @@
+"""What every test starts from: one torch thread and fixed seeds.
+
+Sockets stay as they are: some tests start processes.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # two test processes share two cores, and sums keep their order
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """The same start for tests that draw from a global generator; models and pipelines take their own."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout's top folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of a headless browser, for tests that look at a page as drawn; skips where there is none."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    return found
