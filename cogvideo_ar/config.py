@@ -165,8 +165,8 @@ class PromptTemplates:
 
 @dataclass(frozen=True, kw_only=True)
 class CogLMConfig:
-    """One two-step draw (upstream `coglm_strategy.py`): a cluster out of the `top_k` largest at `temperature`, then
-    a token of it at `temperature` * `temperature2`."""
+    """One two-step draw (upstream `coglm_strategy.py`): a cluster out of the `top_k` largest at
+    `temperature`, then a token of it at `temperature` * `temperature2`."""
 
     temperature: float = 1.05
     top_k: int = 12
@@ -182,10 +182,10 @@ class CogLMConfig:
 class SamplingConfig:
     """How tokens are drawn.
 
-    `compat="release"` keeps the oddities of the released inference code: given frames of the interpolation see
-    across the frame's borders on odd layers, the temporal channel of a prefill ignores the text weight, and the
-    first frame's last token is drawn with `default` instead of `first_frame`. "exact" makes cached generation
-    equal to the training forward.
+    `compat="release"` keeps the oddities of the released inference code: given frames of the interpolation
+    see across the frame's borders on odd layers, the temporal channel of a prefill ignores the text weight,
+    and the first frame's last token is drawn with `default` instead of `first_frame`. "exact" makes cached
+    generation equal to the training forward.
     """
 
     first_frame: CogLMConfig = CogLMConfig(temperature=1.0, top_k=16)

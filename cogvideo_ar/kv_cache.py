@@ -1,0 +1,49 @@
+"""Keys and values of earlier positions: allocated once, filled from left to right, never copied.
+
+Legend: B rows, N heads, S positions, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """One channel of one layer. Several independent regions lie one behind the other (the windows of the
+    temporal channel: what a query may see is then always one contiguous piece)."""
+
+    def __init__(self, rows: int, num_heads: int, head_dim: int, region_sizes: Sequence[int], like: Tensor):
+        self.starts = [0, *accumulate(region_sizes)]
+        self.lengths = [0] * len(region_sizes)
+        self.kv = torch.empty(
+            2, rows, num_heads, self.starts[-1], head_dim, dtype=like.dtype, device=like.device
+        )
+
+    def append(self, k_BNSD: Tensor, v_BNSD: Tensor, region: int = 0) -> tuple[Tensor, Tensor]:
+        """Store behind what the region holds; returns all of it, new positions included, as views."""
+        start, length = self.starts[region], self.lengths[region]
+        end = length + k_BNSD.shape[2]
+        if start + end > self.starts[region + 1]:
+            size = self.starts[region + 1] - start
+            raise ValueError(f"cache region of {size} positions cannot hold {end}")
+        self.kv[0, :, :, start + length : start + end] = k_BNSD
+        self.kv[1, :, :, start + length : start + end] = v_BNSD
+        self.lengths[region] = end
+        return self.kv[0, :, :, start : start + end], self.kv[1, :, :, start : start + end]
+
+    def truncate(self, length: int, region: int = 0) -> None:
+        """Forget all positions of the region from `length` on."""
+        self.lengths[region] = min(length, self.lengths[region])
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Both channels of one layer."""
+
+    spatial: KVCache  # text | slots of the current frame
+    temporal: KVCache  # per region: text | slots of all frames

@@ -1,0 +1,319 @@
+"""CogVideo's transformer: sandwich-norm blocks whose attention has a spatial and a temporal channel (paper
+section 4; upstream `models/cogvideo_model.py` with SwissArmyTransformer's blocks).
+
+Legend: B batch, T text, F frames, S slots of a frame, L sequence = T + F*S, C channels, N heads, D head
+dim, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideo_ar.attention import (
+    AttentionContext,
+    FullAttention,
+    StepAttention,
+    region_slots,
+    text_bias,
+)
+from cogvideo_ar.config import TransformerConfig
+from cogvideo_ar.kv_cache import KVCache, LayerCache
+from cogvideo_ar.layout import SequenceLayout, region_ids, text_positions
+
+
+class Channel(nn.Module):
+    """Projections of one attention channel."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def heads(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values, each [B, N, L, D]."""
+        qkv = self.qkv(x_BLC).unflatten(2, (3, -1, self.head_dim))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, x_BNLD: Tensor) -> Tensor:
+        return self.out(x_BNLD.transpose(1, 2).flatten(2))
+
+
+class DualChannelAttention(nn.Module):
+    """Mix of both channels per feature, sigmoid(mix) being the spatial channel's share; text is spatial
+    only."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.spatial = Channel(config)
+        if config.temporal != "none":
+            self.temporal = Channel(config)
+            self.mix = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, x_BLC: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
+        """[B, L, C] -> [B, L, C]."""
+        out_BLC = self.spatial.merge(context.spatial(*self.spatial.heads(x_BLC), cache))
+        if context.base_only:
+            return out_BLC
+        heads = self.temporal.heads(x_BLC)
+        if context.num_text == x_BLC.shape[1]:  # nothing but text: it only enters the cache
+            context.temporal(*heads, cache, self.layer)
+            return out_BLC
+        temporal = self.temporal.merge(context.temporal(*heads, cache, self.layer))
+        text, spatial = out_BLC.split([context.num_text, temporal.shape[1]], dim=1)
+        mixed = torch.lerp(temporal, spatial, self.mix.sigmoid())
+        return torch.cat([text, mixed], dim=1) if context.num_text else mixed
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.down = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Pre- and post-normalised ("sandwich") attention and MLP."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.layernorm_eps
+        self.attention_norm = nn.LayerNorm(size, eps)
+        self.attention = DualChannelAttention(config, layer)
+        self.attention_out_norm = nn.LayerNorm(size, eps)
+        self.mlp_norm = nn.LayerNorm(size, eps)
+        self.mlp = MLP(config)
+        self.mlp_out_norm = nn.LayerNorm(size, eps)
+
+    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention_out_norm(self.attention(self.attention_norm(x), context, cache))
+        return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
+
+
+@dataclass
+class DecodeState:
+    """One running generation: caches, and where it stands."""
+
+    layout: SequenceLayout
+    caches: list[LayerCache]
+    context: StepAttention
+    positions: Tensor  # position embeddings of all slots [F*S, C]
+    next_slot: int = 0  # counted over all frames
+
+
+class CogVideoTransformer(nn.Module):
+    """Text and frame tokens -> logits of the next image tokens; embeddings and output head are tied."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.num_positions, config.hidden_size)
+        if config.temporal != "none":
+            self.extra_position_embeddings = nn.Embedding(config.num_extra_positions, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, config.layernorm_eps)
+        self.reset_parameters()
+
+    # ---- whole sequences
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        layout: SequenceLayout,
+        *,
+        text_valid_BT: Tensor | None = None,
+        text_weight: float = 0.0,
+    ) -> Tensor:
+        """Logits of the image tokens at every slot [B, F*S, num_image_tokens].
+
+        `text_valid_BT` marks padding (False); `text_weight` is added to the attention scores of slots ->
+        text.
+        """
+        x_BLC = self.hidden(tokens_BL, layout, text_valid_BT=text_valid_BT, text_weight=text_weight)
+        return self.image_logits(x_BLC[:, layout.frames])
+
+    def hidden(
+        self,
+        tokens_BL: Tensor,
+        layout: SequenceLayout,
+        *,
+        text_valid_BT: Tensor | None = None,
+        text_weight: float = 0.0,
+    ) -> Tensor:
+        """Normalised output of the last block at every position [B, L, C]."""
+        x_BLC = self.embed(tokens_BL, layout, text_valid_BT)
+        context = FullAttention(
+            layout,
+            window=self.config.window,
+            like=x_BLC,
+            text_valid_BT=text_valid_BT,
+            text_weight=text_weight,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )
+        for block in self.blocks:
+            x_BLC = block(x_BLC, context)
+        return self.final_norm(x_BLC)
+
+    def embed(self, tokens_BL: Tensor, layout: SequenceLayout, text_valid_BT: Tensor | None) -> Tensor:
+        """Word plus position embeddings [B, L, C]."""
+        if tokens_BL.shape[1] != layout.length:
+            raise ValueError(f"expected {layout.length} tokens per row, got {tokens_BL.shape[1]}")
+        device = tokens_BL.device
+        if text_valid_BT is None:
+            text_ids = torch.arange(layout.text_len, device=device)[None]
+        else:
+            text_ids = text_positions(text_valid_BT)
+        text = self.position_embeddings(text_ids).expand(tokens_BL.shape[0], -1, -1)
+        slots = self.position_rows(layout.slot_positions().to(device))
+        positions_BLC = torch.cat([text, slots.expand(tokens_BL.shape[0], -1, -1)], dim=1)
+        return self.dropout(self.word_embeddings(tokens_BL) + positions_BLC)
+
+    def position_rows(self, ids: Tensor) -> Tensor:
+        """Rows of the base table, or, from the second frame on, of the extra one."""
+        limit = self.config.image_position_offset + self.config.frame_len
+        base = self.position_embeddings(ids.clamp(max=limit - 1))
+        if not ids.numel() or int(ids.max()) < limit:
+            return base
+        extra = self.extra_position_embeddings((ids - limit).clamp(min=0))
+        return torch.where((ids < limit)[:, None], base, extra)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of all rows of the embedding table."""
+        return F.linear(x, self.word_embeddings.weight)
+
+    def image_logits(self, x: Tensor) -> Tensor:
+        """Logits of the image tokens."""
+        return F.linear(x, self.word_embeddings.weight[: self.config.num_image_tokens])
+
+    # ---- one slot at a time
+
+    @torch.inference_mode()
+    def start(
+        self,
+        text_BT: Tensor,
+        given_BL: Tensor,
+        layout: SequenceLayout,
+        *,
+        text_valid_BT: Tensor | None = None,
+        text_weight: float = 0.0,
+        release: bool = False,
+    ) -> DecodeState:
+        """Prefill: text and the slots of the given frames [B, G*S] enter the caches.
+
+        `release=True` keeps two oddities of the released code (see `SamplingConfig.compat`).
+        """
+        num_given = given_BL.shape[1] // layout.frame_len
+        prefix = layout.prefix(num_given)
+        x_BLC = self.embed(torch.cat([text_BT, given_BL], dim=1), prefix, text_valid_BT)
+        state = self._decode_state(layout, x_BLC, text_valid_BT, text_weight)
+        # Quirk(temporal_text_bias_decode_only), Quirk(cyclic_prefill_windows)
+        context = FullAttention(
+            prefix,
+            window=self.config.window,
+            like=x_BLC,
+            text_valid_BT=text_valid_BT,
+            text_weight=text_weight,
+            text_weight_temporal=0.0 if release else None,
+            cyclic=release,
+        )
+        for block, cache in zip(self.blocks, state.caches, strict=True):
+            x_BLC = block(x_BLC, context, cache)
+        state.next_slot = num_given * layout.frame_len
+        return state
+
+    @torch.inference_mode()
+    def step(self, tokens_B: Tensor, state: DecodeState) -> Tensor:
+        """Feed the next slot's token (start-of-image first in every frame); logits of its image token [B,
+        V], float32 unless the model is float64."""
+        state.context.slot = state.next_slot % state.layout.frame_len
+        if state.context.slot == 0:
+            for cache in state.caches:
+                cache.spatial.truncate(state.layout.text_len)
+        x_B1C = self.word_embeddings(tokens_B)[:, None] + state.positions[state.next_slot]
+        for block, cache in zip(self.blocks, state.caches, strict=True):
+            x_B1C = block(x_B1C, state.context, cache)
+        state.next_slot += 1
+        logits_BV = self.image_logits(self.final_norm(x_B1C[:, 0]))
+        return logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+
+    def _decode_state(
+        self, layout: SequenceLayout, like: Tensor, text_valid_BT: Tensor | None, text_weight: float
+    ) -> DecodeState:
+        bias = text_bias(text_valid_BT, layout.text_len, text_weight, like)
+        if bias is not None:
+            bias = F.pad(bias, (0, layout.length - layout.text_len))
+        window = self.config.window
+        kinds = (False, True) if window else (False,)
+        regions = tuple(region_ids(layout.grid, window, shifted).tolist() for shifted in kinds)
+        return DecodeState(
+            layout=layout,
+            caches=[self._layer_cache(layout, like, layer) for layer in range(self.config.num_layers)],
+            context=StepAttention(base_only=layout.base_only, bias=bias, regions=regions),
+            positions=self.position_rows(layout.slot_positions().to(like.device)),
+        )
+
+    def _layer_cache(self, layout: SequenceLayout, like: Tensor, layer: int) -> LayerCache:
+        shape = (like.shape[0], self.config.num_heads, self.config.head_dim)
+        regions = [] if layout.base_only else region_slots(layout, self.config.window, layer)
+        sizes = [layout.text_len + layout.num_frames * len(slots) for slots in regions]
+        return LayerCache(
+            spatial=KVCache(*shape, [layout.text_len + layout.frame_len], like),
+            temporal=KVCache(*shape, sizes, like),
+        )
+
+    # ---- parameters
+
+    def reset_parameters(self) -> None:
+        """Initialisation of the released training: N(0, 0.02), smaller for the spatial channel's and the
+        MLP's outputs; biases and the mix are zero."""
+        small = 0.02 / (2 * self.config.num_layers) ** 0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                std = small if name.endswith(("spatial.out", "mlp.down")) else 0.02
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def init_temporal_from_base(self, *, copy_out: bool = False) -> None:
+        """Start the temporal channel as a copy of the spatial one, positions of later frames as the first
+        frame's.
+
+        The paper copies everything; the released code leaves the output projection random (`copy_out=False`).
+        """
+        for block in self.blocks:
+            attention = block.attention
+            attention.temporal.qkv.load_state_dict(attention.spatial.qkv.state_dict())
+            if copy_out:
+                attention.temporal.out.load_state_dict(attention.spatial.out.state_dict())
+            attention.mix.zero_()
+        offset, size = self.config.image_position_offset, self.config.frame_len
+        rows = torch.arange(self.config.num_extra_positions, device=self.position_embeddings.weight.device)
+        frame = self.position_embeddings.weight[offset : offset + size]
+        self.extra_position_embeddings.weight.copy_(frame[rows % size])
+
+    def temporal_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters of the temporal channel: all that the released training changes."""
+        return ((n, p) for n, p in self.named_parameters() if _is_temporal(n))
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters inherited from the text-to-image model."""
+        return ((n, p) for n, p in self.named_parameters() if not _is_temporal(n))
+
+
+def _is_temporal(name: str) -> bool:
+    return (
+        name.startswith("extra_position") or ".attention.temporal." in name or name.endswith("attention.mix")
+    )
