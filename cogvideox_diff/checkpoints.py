@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.checkpoints import Drop, Rename, Split
+from shared.checkpoints import Drop, Rename, Split, Table
 
 # ---- transformer
 

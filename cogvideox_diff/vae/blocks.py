@@ -1,0 +1,122 @@
+"""Layers of the 3D causal VAE.
+
+Shapes: B batch, C channels, T frames, H/W rows/columns of the features; Z, t, h, w the same of the latents
+that condition the decoder's norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, per_frame, pointwise
+
+
+def halve_time(x_BCTHW: Tensor, single_frame: bool) -> Tensor:
+    """Average neighbouring frames, except a single first one: [B, C, 2k+1, H, W] -> [B, C, k+1, H, W]."""
+    first_BCTHW, rest_BCTHW = x_BCTHW.tensor_split([int(single_frame)], dim=2)
+    num_pairs = rest_BCTHW.shape[2] // 2
+    even_BCTHW, odd_BCTHW = rest_BCTHW[:, :, : 2 * num_pairs : 2], rest_BCTHW[:, :, 1 : 2 * num_pairs : 2]
+    return torch.cat([first_BCTHW, (even_BCTHW + odd_BCTHW) / 2], dim=2)
+
+
+def stretch_time(x_BCTHW: Tensor, num_frames: int, single_frame: bool) -> Tensor:
+    """Repeat every frame equally often up to `num_frames`, a single first one not at all."""
+    if num_frames == x_BCTHW.shape[2]:
+        return x_BCTHW
+    single = int(single_frame)
+    times = torch.arange(single, num_frames, device=x_BCTHW.device)
+    repeat = (num_frames - single) // (x_BCTHW.shape[2] - single)
+    source = F.pad(times.sub(single).div(repeat, rounding_mode="floor") + single, (single, 0))
+    return x_BCTHW.movedim(1, -1).index_select(1, source).movedim(-1, 1)  # channels stay last in memory
+
+
+class ClipNorm(nn.Module):
+    """Group norm of the encoder; it takes the latents only to be called as the decoder's norm is."""
+
+    def __init__(self, channels: int, *, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+
+    def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
+        return context.group_norm(self.norm, x_BCTHW)
+
+
+class SpatialNorm(nn.Module):
+    """Group norm of the decoder, scaled and shifted by the nearest latent (MoVQ, arXiv 2209.09002).
+
+    The two functions are taken at the latents' own size and then spread over the features, which commutes.
+    """
+
+    def __init__(self, channels: int, latent_channels: int, *, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.scale = nn.Conv3d(latent_channels, channels, kernel_size=1)
+        self.shift = nn.Conv3d(latent_channels, channels, kernel_size=1)
+
+    def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor, context: ClipContext) -> Tensor:
+        num_frames = x_BCTHW.shape[2]
+        single = context.has_single_frame(num_frames)
+        scale_BCThw, shift_BCThw = (
+            stretch_time(pointwise(conv, z_BZthw), num_frames, single) for conv in (self.scale, self.shift)
+        )
+        return modulate(context.group_norm(self.norm, x_BCTHW), scale_BCThw, shift_BCThw)
+
+
+def modulate(x_BCTHW: Tensor, scale_BCThw: Tensor, shift_BCThw: Tensor) -> Tensor:
+    """x * scale + shift, where every scale and shift serves a square of x; nothing is enlarged in memory."""
+    height, width = scale_BCThw.shape[3:]
+    x_squares = x_BCTHW.unflatten(4, (width, -1)).unflatten(3, (height, -1))  # [B, C, T, h, rows, w, columns]
+    y_squares = torch.addcmul(shift_BCThw[..., None, :, None], x_squares, scale_BCThw[..., None, :, None])
+    return y_squares.flatten(5, 6).flatten(3, 4)
+
+
+class ResBlock(nn.Module):
+    """Two times norm, SiLU and causal convolution, plus the input."""
+
+    def __init__(self, in_channels: int, out_channels: int, make_norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norm1 = make_norm(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = make_norm(out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
+        h_BCTHW = self.conv1(F.silu(self.norm1(x_BCTHW, z_BZthw, context)), context)
+        h_BCTHW = self.conv2(F.silu(self.norm2(h_BCTHW, z_BZthw, context)), context)
+        return h_BCTHW + (x_BCTHW if self.shortcut is None else pointwise(self.shortcut, x_BCTHW))
+
+
+class Downsample(nn.Module):
+    """Halve height and width, and time first where `halves_time`."""
+
+    def __init__(self, channels: int, *, halves_time: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+        self.halves_time = halves_time
+
+    def forward(self, x_BCTHW: Tensor, context: ClipContext) -> Tensor:
+        if self.halves_time:
+            x_BCTHW = halve_time(x_BCTHW, context.has_single_frame(x_BCTHW.shape[2]))
+        return per_frame(lambda x: self.conv(F.pad(x, (0, 1, 0, 1))), x_BCTHW)
+
+
+class Upsample(nn.Module):
+    """Double height and width, and time where `doubles_time`."""
+
+    def __init__(self, channels: int, *, doubles_time: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.doubles_time = doubles_time
+
+    def forward(self, x_BCTHW: Tensor, context: ClipContext) -> Tensor:
+        num_frames = x_BCTHW.shape[2]
+        x_BCTHW = per_frame(lambda x: self.conv(F.interpolate(x, scale_factor=2.0)), x_BCTHW)
+        if not self.doubles_time:
+            return x_BCTHW
+        single = context.has_single_frame(num_frames)  # equal frames are convolved once and repeated after
+        return stretch_time(x_BCTHW, 2 * num_frames - single, single)

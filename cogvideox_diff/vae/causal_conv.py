@@ -1,0 +1,115 @@
+"""Causal convolution over clips that are run whole or in pieces.
+
+Shapes: B batch, C channels, T frames, H/W rows/columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ClipContext:
+    """What a piece of a clip knows about the rest: made once per clip, passed down through every layer.
+
+    Whatever couples frames goes through here (history of a convolution, the single first frame, group norm
+    statistics), so running a clip over several processes needs another context and no other net.
+    """
+
+    def __init__(self, *, single_frame: str = "odd_count", keep: bool = True) -> None:
+        self.single_frame = single_frame
+        self.keep = keep  # False: no piece will follow, nothing is stored
+        self.first_piece = True
+        self.histories: dict[nn.Module, Tensor] = {}
+
+    def extend(self, conv: nn.Module, x_BCTHW: Tensor, num_frames: int) -> Tensor:
+        """Put the `num_frames` frames before this piece in front; at the clip's start, copies of its first."""
+        history = self.histories.get(conv)
+        if history is None:
+            history = x_BCTHW[:, :, :1].expand(-1, -1, num_frames, -1, -1)
+        x_BCTHW = torch.cat([history, x_BCTHW], dim=2)
+        if self.keep:
+            self.histories[conv] = x_BCTHW[:, :, -num_frames:].clone()
+        return x_BCTHW
+
+    def has_single_frame(self, num_frames: int) -> bool:
+        """Whether the first of these frames stands alone while all others are halved or doubled in time."""
+        if self.single_frame == "odd_count":
+            return num_frames % 2 == 1
+        return self.single_frame == "first_piece" and self.first_piece
+
+    def group_norm(self, norm: nn.GroupNorm, x_BCTHW: Tensor) -> Tensor:
+        """Statistics over this piece alone: pieces and whole clips differ, as in the released models."""
+        return norm(x_BCTHW)
+
+
+def chunk_bounds(num_frames: int, chunk: int) -> list[tuple[int, int]]:
+    """Cut into `chunk`-sized runs; the remainder rides with the first run (13, 2 -> 0:3, 3:5, ... 11:13).
+
+    `chunk` 0 is one run over everything.
+    """
+    if chunk == 0 or num_frames < chunk:
+        return [(0, num_frames)]
+    starts = [0, *range(chunk + num_frames % chunk, num_frames, chunk)]
+    return list(zip(starts, [*starts[1:], num_frames], strict=True))
+
+
+def run_causal(
+    stage: Callable[[Tensor, ClipContext], Tensor], x_BCTHW: Tensor, *, chunk: int, single_frame: str
+) -> Tensor:
+    """Run `stage` over the pieces of a clip in order, carrying the history from one to the next."""
+    bounds = chunk_bounds(x_BCTHW.shape[2], chunk)
+    context = ClipContext(single_frame=single_frame, keep=len(bounds) > 1)
+    pieces = []
+    for start, end in bounds:
+        pieces.append(stage(x_BCTHW[:, :, start:end], context))
+        context.first_piece = False
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+class CausalConv3d(nn.Module):
+    """3x3x3 convolution that sees this frame and the two before it: [B, C, T, H, W] -> [B, out, T, H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3)
+
+    def forward(self, x_BCTHW: Tensor, context: ClipContext) -> Tensor:
+        x_BCTHW = context.extend(self, x_BCTHW, num_frames=2)
+        conv = conv_by_frames if _misses_fast_conv3d(x_BCTHW) else _conv_direct
+        return conv(x_BCTHW, self.conv.weight, self.conv.bias)
+
+
+def _conv_direct(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv3d(x_BCTHW, weight, bias, padding=(0, 1, 1))
+
+
+def conv_by_frames(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same convolution as a 2D one per output frame, whose channels are those of all frames it sees."""
+    taps = weight.shape[2]
+    num_out = x_BCTHW.shape[2] - taps + 1
+    windows = torch.cat([x_BCTHW[:, :, i : i + num_out] for i in range(taps)], dim=1)  # [B, taps*C, T, H, W]
+    return per_frame(lambda x: F.conv2d(x, weight.transpose(1, 2).flatten(1, 2), bias, padding=1), windows)
+
+
+def _misses_fast_conv3d(x_BCTHW: Tensor) -> bool:
+    """torch sends small float32 CPU convolutions on one thread to a kernel that is 4 to 20 times slower."""
+    if x_BCTHW.device.type != "cpu" or x_BCTHW.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    batch = x_BCTHW.shape[0]
+    return torch.get_num_threads() == 1 and batch < 16 and x_BCTHW.shape[:4].numel() <= 20480
+
+
+def per_frame(function: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
+    """Apply a function of images [B*T, C, H, W] to every frame."""
+    batch = x_BCTHW.shape[0]
+    y = function(x_BCTHW.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def pointwise(conv: nn.Conv3d, x_BCTHW: Tensor) -> Tensor:
+    """A 1x1x1 convolution as the matrix product it is."""
+    return F.linear(x_BCTHW.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
