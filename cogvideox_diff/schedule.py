@@ -14,7 +14,7 @@ from cogvideox_diff.config import ScheduleConfig
 
 
 def shifted_alphas_cumprod(config: ScheduleConfig) -> Tensor:
-    """abar [num_timesteps] in float64: scaled-linear betas and the SNR shift, not yet rescaled to zero SNR."""
+    """abar [num_timesteps] in float64: scaled-linear betas, SNR shift; not yet rescaled to zero SNR."""
     steps = torch.linspace(
         config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps, dtype=torch.float64
     )
