@@ -24,3 +24,15 @@ SAT_STAGE: Table = (
     Rename("mixins.attention_plus.attn_distribution.{n}", "blocks.{n}.attention.mix"),
     Rename("transformer.final_layernorm.{p}", "final_norm.{p}"),
 )
+
+ICETK_VQVAE: Table = (  # `ice_image.pt`; inside encoder and decoders the names are upstream's
+    Rename("enc.{name}", "encoder.{name}"),
+    Rename("down_samplers.{name}", "downsamplers.{name}"),
+    Rename("decs.0.{name}", "decoders.16.{name}"),
+    Rename("decs.1.{name}", "decoders.8.{name}"),
+    Rename("decs.2.{name}", "decoders.4.{name}"),
+    Rename("quantize.proj.{p}", "quantizer.proj.{p}"),
+    Rename("quantize.embed.weight", "quantizer.codebook"),
+    Rename("quantize.cluster_size", "quantizer.code_counts"),
+    Rename("quantize.embed_avg", "quantizer.code_sums"),
+)

@@ -275,7 +275,7 @@ class Quantizer(nn.Module):
         *,
         decay: float = 0.99,
         eps: float = 1e-5,
-        dead_below: float = 0.03,
+        dead_below: float = 0.1,
         generator: torch.Generator | None = None,
     ) -> int:
         """Move the codebook towards the means of the z [B, D, h, w] that chose each code [B, h, w].
@@ -283,6 +283,7 @@ class Quantizer(nn.Module):
         Counts are Laplace-smoothed by `eps`. With a CPU `generator`, codes whose average count is under
         `dead_below` of the mean count start again at positions drawn from z. Returns how many did."""
         z_ND, codes_N = _positions(z).float(), codes.reshape(-1)
+        error_N = (z_ND - self.codebook[codes_N]).square().sum(1)
         counts_K = torch.bincount(codes_N, minlength=len(self.codebook)).to(self.code_counts)
         sums_KD = torch.zeros_like(self.code_sums, dtype=torch.float32).index_add_(0, codes_N, z_ND)
         self.code_counts.lerp_(counts_K, 1 - decay)
@@ -290,12 +291,18 @@ class Quantizer(nn.Module):
         total = self.code_counts.sum()
         smoothed_K = (self.code_counts + eps) / (total + eps * len(self.codebook)) * total
         self.codebook.copy_(self.code_sums / smoothed_K[:, None])
-        return 0 if generator is None else self._restart_dead(z_ND, dead_below, generator)
+        return 0 if generator is None else self._restart_dead(z_ND, error_N, dead_below, generator)
 
-    def _restart_dead(self, z_ND: Tensor, dead_below: float, generator: torch.Generator) -> int:
+    def _restart_dead(
+        self, z_ND: Tensor, error_N: Tensor, dead_below: float, generator: torch.Generator
+    ) -> int:
+        """Restarts go where the codebook is worst: positions drawn in proportion to their squared error."""
         mean_count = self.code_counts.mean()
         dead = (self.code_counts < dead_below * mean_count).nonzero()[:, 0]
-        picks = torch.randint(len(z_ND), (len(dead),), generator=generator)
+        if not len(dead):
+            return 0
+        chances = error_N.cpu() + 1e-12
+        picks = torch.multinomial(chances, len(dead), replacement=True, generator=generator)
         rows = z_ND[picks.to(z_ND.device)].to(self.codebook.dtype)
         self.codebook[dead] = rows
         self.code_counts[dead] = mean_count
@@ -342,6 +349,11 @@ class VQVAE(nn.Module):
             z_e={rate: q.z_e for rate, q in quantized.items()},
         )
 
+    def reconstruct_unquantized(self, pixels: Tensor, rate: int) -> Tensor:
+        """Encode and decode without the codebook: how training begins, before the codebook is any good."""
+        z_e = self.quantizer.proj(self.features(pixels, rate)[rate])
+        return self._denormalise(self.decoders[str(rate)](z_e))
+
     @torch.no_grad()
     def encode(self, pixels: Tensor, rate: int = 8) -> Tensor:
         """Pixels [B, 3, H, W] in -1..1 -> codes int64 [B, h, w]."""
@@ -371,7 +383,7 @@ class VQVAE(nn.Module):
         output: VQVAEOutput,
         *,
         decay: float = 0.99,
-        dead_below: float = 0.03,
+        dead_below: float = 0.1,
         generator: torch.Generator | None = None,
     ) -> int:
         """One moving-average step over all rates of a training forward; returns how many codes restarted."""

@@ -45,7 +45,7 @@ def vqvae_step(
     *,
     generator: torch.Generator,
     decay: float = 0.99,
-    dead_below: float = 0.03,
+    dead_below: float = 0.1,
     weights: VQVAELossWeights | None = None,
     perceptual: Perceptual | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
