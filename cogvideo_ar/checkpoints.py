@@ -6,7 +6,7 @@ from shared.checkpoints import Rename, Table
 
 _LAYER = "transformer.layers.{n}."
 
-# One table serves both stages, and full as well as windowed temporal channels: their names and shapes are identical.
+# One table for both stages, and for full and windowed temporal channels: names and shapes are identical.
 SAT_STAGE: Table = (
     Rename("transformer.word_embeddings.weight", "word_embeddings.weight"),
     Rename("transformer.position_embeddings.weight", "position_embeddings.weight"),

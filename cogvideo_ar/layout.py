@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -129,6 +130,26 @@ def _layout(
 
 
 # ---- text and targets
+
+
+class PromptTokenizer(Protocol):
+    """What the stages need of the text tokenizer; ids already lie behind the image tokens."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def id_of(self, piece: str) -> int: ...
+
+
+def prompt_tokens(
+    template: str, tokenizer: PromptTokenizer, *, prompt: str = "", duration: float = 0.0
+) -> list[int]:
+    """Fill in a template of `PromptTemplates`. What stands on either side of its `<n>` is encoded alone; a
+    `<n>` of the prompt itself is plain text."""
+    parts = [part.format(prompt=prompt, duration=float(duration)) for part in template.split("<n>")]
+    ids = tokenizer.encode(parts[0])
+    for part in parts[1:]:
+        ids = [*ids, tokenizer.id_of("<n>"), *tokenizer.encode(part)]
+    return ids
 
 
 def pad_text(texts: list[list[int]], pad_token: int, length: int | None = None) -> tuple[Tensor, Tensor]:

@@ -74,3 +74,16 @@ def build(config: TransformerConfig, weights: dict[str, Tensor], dtype: torch.dt
     tensors = {name: tensor.to(dtype) for name, tensor in convert(weights, SAT_STAGE).items()}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
+
+
+class TableTokenizer:
+    """The stand-in tokenizer of the recorded cases: one character per token."""
+
+    def __init__(self) -> None:
+        self.ids = special_ids()
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids[character] for character in text]
+
+    def id_of(self, piece: str) -> int:
+        return self.ids[piece]

@@ -25,7 +25,6 @@ from tests.parity.cogvideo_ar.stages import (
     build,
     config_of,
     folder,
-    fullvocab_weights,
     special_ids,
     stage_weights,
 )

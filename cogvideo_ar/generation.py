@@ -1,0 +1,116 @@
+"""The only autoregressive loop: prefill, then one cached step per token; conditional and guidance rows alike.
+
+Legend: B samples, R rows = B or 2B (guidance rows behind the conditional ones), T text, G given frames, F
+frames, S tokens of a frame, V image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cogvideo_ar.config import CogLMConfig, SamplingConfig
+from cogvideo_ar.layout import SequenceLayout, frame_slots, pad_text
+from cogvideo_ar.sampling import CogLMSampler, guide
+from cogvideo_ar.transformer import CogVideoTransformer
+from shared.errors import SettingError
+
+Sample = Callable[[Tensor, int], Tensor]  # (logits [B, V], number of the token) -> tokens [B]
+
+
+class TokenSampler(Protocol):
+    """Logits [B, V] and uniforms [B, 2] -> tokens [B]."""
+
+    def sample(self, logits_BV: Tensor, randomness: Tensor) -> Tensor: ...
+
+
+class GreedySampler:
+    """The likeliest token; the randomness is ignored."""
+
+    def sample(self, logits_BV: Tensor, randomness: Tensor) -> Tensor:
+        return logits_BV.argmax(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSamplers:
+    """The samplers of a run: one for the first frame, one for everything else."""
+
+    first_frame: TokenSampler
+    default: TokenSampler
+
+
+def build_samplers(config: SamplingConfig, cluster_labels: Tensor | None) -> StageSamplers:
+    """The two CogLM samplers; `cluster_labels` [V] names the cluster of every image token."""
+
+    def build(draw: CogLMConfig) -> CogLMSampler:
+        return CogLMSampler(
+            cluster_labels,
+            temperature=draw.temperature,
+            top_k=draw.top_k,
+            temperature2=draw.temperature2,
+        )
+
+    return StageSamplers(first_frame=build(config.first_frame), default=build(config.default))
+
+
+def draw_uniforms(generators: Sequence[torch.Generator], *size: int) -> Tensor:
+    """All random numbers of a stage at once, one CPU generator per sample: float64 [B, *size, 2]. A
+    sample's numbers do not depend on what else is in the batch, nor on how it is cut."""
+    return torch.stack([torch.rand(*size, 2, generator=g, dtype=torch.float64) for g in generators])
+
+
+def pad_prompts(texts: list[list[int]], model: CogVideoTransformer) -> tuple[Tensor, Tensor | None]:
+    """Ids [R, T] padded on the left to the longest, and the mask of valid tokens (None: no padding)."""
+    longest, limit = max(map(len, texts)), model.config.image_position_offset
+    if longest > limit:
+        raise SettingError(f"the prompt has {longest} tokens with its frame rate; at most {limit} fit")
+    ids_RT, valid_RT = pad_text(texts, model.config.pad_token)
+    device = model.word_embeddings.weight.device
+    return ids_RT.to(device), None if bool(valid_RT.all()) else valid_RT.to(device)
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: CogVideoTransformer,
+    layout: SequenceLayout,
+    texts: list[list[int]],
+    given_BGS: Tensor,
+    sample: Sample,
+    *,
+    guidance_alpha: float | None = None,
+    text_weight: float = 0.0,
+    release: bool = False,
+) -> Tensor:
+    """Complete the frames behind the given ones; returns all of them in the order of the sequence [B, F, S].
+
+    With `guidance_alpha`, `texts` holds the B conditional texts and then the B guidance texts.
+    `layout.text_len` must be the length of the longest text. `release` keeps the oddities of the released
+    prefill.
+    """
+    num_samples, num_given, frame_len = given_BGS.shape
+    groups = 1 if guidance_alpha is None else 2
+    if len(texts) != groups * num_samples:
+        raise ValueError(f"expected {groups * num_samples} texts for {num_samples} samples, got {len(texts)}")
+    ids_RT, valid_RT = pad_prompts(texts, model)
+    given = frame_slots(given_BGS, model.config.start_of_image).repeat(groups, 1)
+    state = model.start(
+        ids_RT, given, layout, text_valid_BT=valid_RT, text_weight=text_weight, release=release
+    )
+    frames_BFS = given_BGS.new_empty(num_samples, layout.num_frames, frame_len)
+    frames_BFS[:, :num_given] = given_BGS
+    starts_B = given_BGS.new_full((num_samples,), model.config.start_of_image)
+    number = 0
+    for frame in range(num_given, layout.num_frames):
+        tokens_B = starts_B
+        for slot in range(frame_len):
+            logits = model.step(tokens_B.repeat(groups), state)
+            if guidance_alpha is not None:
+                logits = guide(logits[:num_samples], logits[num_samples:], guidance_alpha)
+            tokens_B = sample(logits, number)
+            frames_BFS[:, frame, slot] = tokens_B
+            number += 1
+    return frames_BFS
