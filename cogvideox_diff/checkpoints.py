@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cogvideox_diff.config import TransformerConfig
 from shared.checkpoints import Drop, Rename, Split, Table
 
 # ---- transformer
@@ -45,6 +51,31 @@ _SAT_COMMON = (
 # `pos_embedding` is the fixed sin/cos table of 2B (computed here), but learned in 5B-I2V
 SAT_TRANSFORMER = (*_SAT_COMMON, Drop(_SAT + "mixins.pos_embed.pos_embedding"))
 SAT_TRANSFORMER_LEARNED = (*_SAT_COMMON, Rename(_SAT + "mixins.pos_embed.pos_embedding", "pos_embedding"))
+
+
+def sat_transformer_table(config: TransformerConfig) -> Table:
+    """The SAT table of one variant."""
+    return SAT_TRANSFORMER_LEARNED if config.position == "rope+learned" else SAT_TRANSFORMER
+
+
+def merge_sat_adapters(tensors: Mapping[str, Tensor], *, alpha: float = 1.0) -> dict[str, Tensor]:
+    """Add the low-rank adapters of a SAT fine-tuning file to their base weights, in float32.
+
+    The rows of pair k (`matrix_A.k` [r, D], `matrix_B.k` [D, r]; q, k, v are three) get alpha/r * B A. A file
+    without adapters comes back as it is."""
+    merged = {}
+    for name, x in tensors.items():
+        if ".matrix_" in name:
+            continue
+        base = name.removesuffix(".original.weight")
+        if base != name:
+            ups = [tensors[key].float() for key in sorted(tensors) if key.startswith(f"{base}.matrix_B.")]
+            downs = [tensors[key].float() for key in sorted(tensors) if key.startswith(f"{base}.matrix_A.")]
+            deltas = [alpha / len(down) * up @ down for up, down in zip(ups, downs, strict=True)]
+            x = x.float() + torch.cat(deltas)
+        merged[name.replace(".original.", ".")] = x
+    return merged
+
 
 DIFFUSERS_TRANSFORMER = (
     Rename("patch_embed.proj.{p}", "patch_embed.proj.{p}"),

@@ -58,6 +58,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         _require_choice("position", self.position, get_args(Position))
         _require_choice("grid_rule", self.grid_rule, get_args(GridRule))
+        legal_ofs = (0, self.time_embed_dim)  # both embeddings are added
+        _require(self.ofs_embed_dim in legal_ofs, f"ofs_embed_dim must be one of {legal_ofs}")
         sizes = (self.num_layers, self.num_heads, self.head_dim, self.in_channels, self.out_channels)
         _require(min(sizes) > 0, f"layers, heads, head size and channels must be positive, got {sizes}")
         _require(min(self.patch_size) > 0, f"patch_size must be positive, got {self.patch_size}")

@@ -6,6 +6,8 @@ run in that order, columns fastest. Tables are float32 and made on the device th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,9 @@ def frequencies(dim: int, *, device: Device = None, dtype: torch.dtype = torch.f
 
 def timestep_embedding(value_B: Tensor, dim: int) -> Tensor:
     """Sinusoid [B, dim] in float32 of (possibly fractional) values: cosines first, then sines."""
-    angles = value_B.float()[:, None] * frequencies(dim, device=value_B.device)
+    # Spelt as upstream: at timestep 999 the rounding of another spelling of the frequencies shows (1e-5)
+    exponents = -math.log(WAVELENGTH) * torch.arange(dim // 2, dtype=torch.float32, device=value_B.device)
+    angles = value_B.float()[:, None] * torch.exp(exponents / (dim // 2))
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
