@@ -25,6 +25,7 @@ from tests.parity.cogvideo_ar.stages import (
     build,
     config_of,
     folder,
+    fullvocab_weights,
     special_ids,
     stage_weights,
 )
@@ -131,3 +132,46 @@ def check_gradients(model: CogVideoTransformer, recorded: dict[str, Tensor]) -> 
             continue
         checked += 1
     assert checked
+
+
+def fullvocab() -> dict[str, Any]:
+    cases = read_json(folder() / "fullvocab.json")
+    return {name: case for name, case in cases.items() if "frame_losses" in case}
+
+
+@pytest.mark.parametrize("name", fullvocab())
+@torch.inference_mode()
+def test_full_image_vocabulary(name: str):
+    """Losses over all image tokens, logits over all rows of the table."""
+    case, facts = fullvocab()[name], read_json(folder() / "fullvocab.json")["config"]
+    recorded = {
+        key.removeprefix(name + "."): tensor
+        for key, tensor in read_tensors(folder() / "fullvocab_cases.safetensors").items()
+        if key.startswith(name + ".")
+    }
+    layout_facts = recorded_cases()["config"]["layout"]
+    start, first = special_ids()["<start_of_image>"], min(special_ids().values())
+    stage = 2 if "stage2" in name else 1
+    config = config_of(
+        facts,
+        window=recorded_cases()["cases"][name]["window_size"],
+        start_of_image=start - first + facts["num_image_tokens"],
+        frame_len=layout_facts[1] - layout_facts[0],
+    )
+    model = build(config, fullvocab_weights(), torch.float32)
+    batch = batch_of(recorded["dataset_rows"], model, stage, layout_facts[0])
+    hidden = model.hidden(batch.tokens, batch.layout, text_valid_BT=batch.text_valid)
+    losses = token_losses(model.image_logits(hidden[:, batch.layout.frames]), batch.labels)
+    shown = batch.layout.to_display(losses).flatten(1)
+    torch.testing.assert_close(shown, recorded["token_losses"], atol=1e-4, rtol=0)
+    assert float(masked_mean(losses, batch.loss_mask)) == pytest.approx(case["loss"], abs=1e-5)
+
+    logits = model.logits(to_time_order(hidden, batch.layout)[0, recorded["logits_positions"].long()])
+    first_rows, text_rows = recorded["logits_first256"], recorded["logits_text_rows"]
+    torch.testing.assert_close(logits[:, : first_rows.shape[1]], first_rows, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits[:, -text_rows.shape[1] :], text_rows, atol=1e-4, rtol=0)
+    top = logits.gather(1, recorded["logits_top8_index"].long())
+    torch.testing.assert_close(top, recorded["logits_top8_value"], atol=1e-4, rtol=0)
+    sums = logits.double().logsumexp(1), logits[:, : config.num_image_tokens].double().logsumexp(1)
+    torch.testing.assert_close(sums[0], recorded["logits_lse_all_rows"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(sums[1], recorded["logits_lse_image_rows"], atol=1e-5, rtol=0)
