@@ -37,8 +37,8 @@ def nearest_multiple(size: int, unit: int, most: int | None = None) -> int:
 def fit_short_side(height: int, width: int, short: int = 768, unit: int = 16) -> tuple[int, int]:
     """(height, width) with the short side `short`, the long one at the nearest multiple of `unit`, ties up:
     what SAT-1.5 resizes an image to."""
-    scale = short / min(height, width)
-    long = nearest_multiple(round(max(height, width) * scale, 6), unit)
+    small, large = sorted((height, width))
+    long = (2 * large * short + small * unit) // (2 * small * unit) * unit  # in integers: ties are exact
     return (short, long) if height <= width else (long, short)
 
 

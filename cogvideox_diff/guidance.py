@@ -37,7 +37,7 @@ class Predictor:
         if self.negative is None:
             return self._run(x_BTCHW, self.text, timestep), None
         if not self.batched:
-            return tuple(self._run(x_BTCHW, text, timestep) for text in (self.text, self.negative))
+            return self._run(x_BTCHW, self.text, timestep), self._run(x_BTCHW, self.negative, timestep)
         texts = torch.cat([self.negative, self.text])
         without, with_prompt = self._run(torch.cat([x_BTCHW, x_BTCHW]), texts, timestep).chunk(2)
         return with_prompt, without

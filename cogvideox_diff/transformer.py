@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,7 @@ class PatchEmbed(nn.Module):
         self.patch_size = config.patch_size
         t, h, w = config.patch_size
         width = config.hidden_dim
-        self.proj: nn.Module
+        self.proj: nn.Conv2d | nn.Linear
         if t == 1:
             self.proj = nn.Conv2d(config.in_channels, width, (h, w), stride=(h, w))
         else:
@@ -147,6 +146,17 @@ class ExpertBlock(nn.Module):
         joint_BSD, text_gate, video_gate = self.norm2(text_BLD, video_BVD, emb_BE)
         text, video = _cut(self.mlp(joint_BSD), text_BLD)
         return text_BLD + text_gate * text, video_BVD + video_gate * video
+
+    def init_weights(self, generator: torch.Generator, num_layers: int, zero_modulation: bool) -> None:
+        """Normal with deviation 0.02; what writes to the residual stream is scaled down with the depth."""
+        for linear in (self.attn.q, self.attn.k, self.attn.v, self.mlp.fc1):
+            _init_normal(linear, 0.02, generator)
+        for linear in (self.attn.out, self.mlp.fc2):
+            _init_normal(linear, 0.02 / math.sqrt(2 * num_layers), generator)
+        if zero_modulation:
+            for norm in (self.norm1, self.norm2):
+                _zero(norm.text)
+                _zero(norm.video)
 
 
 def _cut(joint_BSD: Tensor, text_BLD: Tensor) -> tuple[Tensor, Tensor]:
@@ -283,52 +293,46 @@ class ExpertTransformer(nn.Module):
     def init_weights(self, generator: torch.Generator, *, zero_modulation: bool) -> None:
         """Initialise as SAT does, from a CPU generator only. With `zero_modulation` every block starts as the
         identity (the usual choice for such models); without it as in the released training code."""
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear | nn.Conv2d):
-                _init_default(module, generator)
-        for module in (self.patch_embed.proj, self.proj_out):
-            _fill(module.weight, nn.init.xavier_uniform_, generator)
-            nn.init.zeros_(module.bias)
+        parts = list(self.modules())
+        for part in parts:
+            if isinstance(part, nn.LayerNorm):
+                part.reset_parameters()
+            elif isinstance(part, nn.Linear | nn.Conv2d):
+                _init_default(part, generator)
+        for part in parts:
+            if isinstance(part, ExpertBlock):
+                part.init_weights(generator, self.config.num_layers, zero_modulation)
+        _init_xavier(self.patch_embed.proj, generator)
+        _init_xavier(self.proj_out, generator)
         if self.config.position == "rope+learned":
             nn.init.zeros_(self.pos_embedding)
-        for block in self.blocks:
-            self._init_block(block, generator, zero_modulation)
         if zero_modulation:
             _zero(self.norm_out.modulation)
 
-    def _init_block(self, block: nn.Module, generator: torch.Generator, zero_modulation: bool) -> None:
-        std = 0.02
-        scaled = std / math.sqrt(2 * self.config.num_layers)
-        attn, mlp = block.attn, block.mlp
-        for linear in (attn.q, attn.k, attn.v, mlp.fc1, attn.out, mlp.fc2):
-            linear_std = scaled if linear in (attn.out, mlp.fc2) else std
-            _fill(
-                linear.weight,
-                lambda w, generator, s=linear_std: w.normal_(0, s, generator=generator),
-                generator,
-            )
-            nn.init.zeros_(linear.bias)
-        if zero_modulation:
-            for linear in chain.from_iterable((norm.text, norm.video) for norm in (block.norm1, block.norm2)):
-                _zero(linear)
+
+# A random matrix is drawn in float32 on the CPU and then copied, so that a seed means the same everywhere.
 
 
-def _fill(weight: Tensor, fill: Callable[..., Tensor], generator: torch.Generator) -> None:
-    """`fill` a float32 matrix on the CPU and copy it into `weight`: a seed means the same everywhere."""
-    weight.copy_(fill(torch.empty(weight.flatten(1).shape), generator=generator).view(weight.shape))
-
-
-def _init_default(module: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
-    """torch's default: weights and bias uniform in +-1/sqrt(fan in)."""
-    bound = 1 / math.sqrt(module.weight[0].numel())
-    _fill(module.weight, lambda w, generator: w.uniform_(-bound, bound, generator=generator), generator)
-    if module.bias is not None:
-        module.bias.copy_(torch.empty(module.bias.shape).uniform_(-bound, bound, generator=generator))
-
-
-def _zero(linear: nn.Linear) -> None:
-    nn.init.zeros_(linear.weight)
+def _init_normal(linear: nn.Linear, std: float, generator: torch.Generator) -> None:
+    linear.weight.copy_(torch.empty(linear.weight.shape).normal_(0, std, generator=generator))
     nn.init.zeros_(linear.bias)
+
+
+def _init_xavier(layer: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
+    bound = math.sqrt(6 / (layer.weight[0].numel() + len(layer.weight)))
+    layer.weight.copy_(torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator))
+    _zero(layer, weight=False)
+
+
+def _init_default(layer: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
+    """torch's own: weights and bias uniform in +-1/sqrt(fan in)."""
+    bound = 1 / math.sqrt(layer.weight[0].numel())
+    for x in layer.parameters(recurse=False):
+        x.copy_(torch.empty(x.shape).uniform_(-bound, bound, generator=generator))
+
+
+def _zero(layer: nn.Linear | nn.Conv2d, *, weight: bool = True) -> None:
+    if weight:
+        nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
