@@ -103,9 +103,9 @@ class VAEConfig:
     # Group norm statistics are taken per piece, so piece lengths belong to the model; 0 is the whole clip.
     encode_frames: int = 8
     decode_latents: int = 2
-    # Quirk(even_latent_count): the released models keep a piece's first frame single when its count is odd,
-    # so an even number of latents decodes to 4 frames each. "first_piece" makes k+1 latents 4k+1 frames,
-    # always; "never" doubles every latent. All agree on how an odd number of latents is encoded.
+    # Quirk(even_latent_count): the released decoder keeps a piece's first frame single when its count is odd,
+    # so an even number of latents decodes to 4 frames each. "first_piece" turns k+1 latents into 4k+1 frames,
+    # always; "never" makes 4 frames of every latent, as the newest SAT engine does on one GPU.
     single_frame: Literal["odd_count", "first_piece", "never"] = "odd_count"
 
     def __post_init__(self) -> None:

@@ -161,7 +161,7 @@ class CausalVAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pixels_BCTHW: Tensor, *, tiled: bool = False, sliced: bool = False) -> Posterior:
-        """Pixels in -1..1 [B, 3, T, H, W], T = 4k+1, H and W multiples of 8 -> posterior [B, Z, k+1, H/8, W/8].
+        """Pixels in -1..1 [B, 3, T, H, W], T = 4k+1, H and W multiples of 8 -> posterior [B, Z, k+1, h, w].
 
         Raises ValueError for other sizes, naming the nearest legal ones.
         """
@@ -170,7 +170,7 @@ class CausalVAE(nn.Module):
             run_causal,
             self.encoder,
             chunk=self.config.encode_frames,
-            single_frame=self.config.single_frame,
+            single_frame="first_piece",
         )
         tiles = encode_tiles(self.config) if tiled else None
         return Posterior.from_moments(run_tiled(stage, pixels_BCTHW, tiles, sliced=sliced))
@@ -180,7 +180,7 @@ class CausalVAE(nn.Module):
 
         Even latent counts: see `VAEConfig.single_frame`. Raises ValueError for a wrong channel count.
         """
-        if z_BZthw.ndim != 5 or z_BZthw.shape[1] != self.config.latent_channels:
+        if z_BZthw.ndim != 5 or z_BZthw.shape[1] != self.config.latent_channels or z_BZthw.shape[2] == 0:
             raise ValueError(
                 f"latents must be [B, {self.config.latent_channels}, t, h, w], got {list(z_BZthw.shape)}"
             )
@@ -199,7 +199,7 @@ def check_clip(pixels_BCTHW: Tensor, config: VAEConfig) -> None:
         raise ValueError(f"a clip must be [B, 3, T, H, W], got {list(pixels_BCTHW.shape)}")
     num_frames, *sides = pixels_BCTHW.shape[2:]
     if (num_frames - 1) % config.time_factor:
-        below = (num_frames - 1) // config.time_factor * config.time_factor + 1
+        below = max(num_frames - 1, 0) // config.time_factor * config.time_factor + 1
         raise ValueError(
             f"got {num_frames} frames; legal are {config.time_factor}k+1, "
             f"nearest {below} or {below + config.time_factor}"

@@ -19,14 +19,14 @@ class ClipContext:
     statistics), so running a clip over several processes needs another context and no other net.
     """
 
-    def __init__(self, *, single_frame: str = "odd_count", keep: bool = True) -> None:
-        self.single_frame = single_frame
+    def __init__(self, *, single_frame: str = "first_piece", keep: bool = True) -> None:
+        self.single_frame = single_frame  # see VAEConfig.single_frame
         self.keep = keep  # False: no piece will follow, nothing is stored
         self.first_piece = True
         self.histories: dict[nn.Module, Tensor] = {}
 
     def extend(self, conv: nn.Module, x_BCTHW: Tensor, num_frames: int) -> Tensor:
-        """Put the `num_frames` frames before this piece in front; at the clip's start, copies of its first."""
+        """Put the `num_frames` frames before this piece in front; at the clip's start, copies of frame 0."""
         history = self.histories.get(conv)
         if history is None:
             history = x_BCTHW[:, :, :1].expand(-1, -1, num_frames, -1, -1)

@@ -80,12 +80,18 @@ def test_recorded_kl() -> None:
 @pytest.mark.parity
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("case", "latents", "chunk"),
-    [("decode.chunked", None, 2), ("decode.single_pass", None, 0), ("decode_image", 1, 2)],
+    ("case", "latents", "chunk", "single_frame"),
+    [
+        ("decode.chunked", None, 2, "odd_count"),
+        ("decode.single_pass", None, 0, "odd_count"),
+        ("decode.single_pass", None, 0, "first_piece"),
+        ("decode.newest_engine_cp1", None, 2, "never"),
+        ("decode_image", 1, 2, "odd_count"),
+    ],
 )
-def test_recorded_decode(case: str, latents: int | None, chunk: int) -> None:
+def test_recorded_decode(case: str, latents: int | None, chunk: int, single_frame: str) -> None:
     vae, io = recorded()
-    vae = with_config(vae, decode_latents=chunk)
+    vae = with_config(vae, decode_latents=chunk, single_frame=single_frame)
     assert_close(case, vae.decode(io["latents"][:, :, :latents]), io[case])
 
 
