@@ -17,7 +17,6 @@ from cogvideo_ar.config import CogLMConfig, SamplingConfig
 from cogvideo_ar.layout import SequenceLayout, frame_slots, pad_text
 from cogvideo_ar.sampling import CogLMSampler, guide
 from cogvideo_ar.transformer import CogVideoTransformer
-from shared.errors import SettingError
 
 Sample = Callable[[Tensor, int], Tensor]  # (logits [B, V], number of the token) -> tokens [B]
 
@@ -65,9 +64,6 @@ def draw_uniforms(generators: Sequence[torch.Generator], *size: int) -> Tensor:
 
 def pad_prompts(texts: list[list[int]], model: CogVideoTransformer) -> tuple[Tensor, Tensor | None]:
     """Ids [R, T] padded on the left to the longest, and the mask of valid tokens (None: no padding)."""
-    longest, limit = max(map(len, texts)), model.config.image_position_offset
-    if longest > limit:
-        raise SettingError(f"the prompt has {longest} tokens with its frame rate; at most {limit} fit")
     ids_RT, valid_RT = pad_text(texts, model.config.pad_token)
     device = model.word_embeddings.weight.device
     return ids_RT.to(device), None if bool(valid_RT.all()) else valid_RT.to(device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cogvideo_ar.config import TransformerConfig
+from shared.errors import SettingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,8 @@ class SequenceLayout:
 
     def __post_init__(self) -> None:
         if self.text_len > self.image_position_offset:
-            raise ValueError(
-                f"text of {self.text_len} tokens does not fit into {self.image_position_offset} positions"
+            raise SettingError(
+                f"the text has {self.text_len} tokens, at most {self.image_position_offset} fit"
             )
         if not 0 <= self.num_given <= len(self.frame_times):
             raise ValueError(f"num_given {self.num_given} is outside 0..{len(self.frame_times)}")
