@@ -227,4 +227,55 @@ def cogvideo() -> CogVideoConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], CogVideoConfig]] = {"cogvideo": cogvideo}
+def cogvideo_demo() -> CogVideoConfig:
+    """The same model small enough to be trained on two CPU cores, for the world of `shared.clips.shapes`:
+    64 x 64 pixels, 8 x 8 tokens a frame, 8 frames per second; 5 -> 9 -> 17 frames."""
+    keyframes = TransformerConfig(
+        num_layers=6,
+        num_heads=5,
+        head_dim=32,
+        vocab_size=608,
+        num_image_tokens=512,
+        start_of_image=588,
+        pad_token=515,
+        max_text_len=16,
+        num_positions=96,
+        num_extra_positions=256,
+        image_position_offset=32,
+        grid=(8, 8),
+    )
+    vqvae = VQVAEConfig(
+        base_channels=32,
+        encoder_multipliers=(1, 2, 2),
+        num_res_blocks=1,
+        encoder_out_channels=64,
+        codebook_size=512,
+        code_dim=32,
+        decoder_multipliers=((1, 1, 1, 2, 2), (1, 1, 2, 2), (1, 2, 2)),
+        norm_groups=8,
+        rates=(8,),
+        commitment_cost=0.25,
+    )
+    sampling = SamplingConfig(
+        first_frame=CogLMConfig(temperature=0.9, top_k=16, temperature2=1.0),
+        default=CogLMConfig(temperature=0.7, top_k=8, temperature2=1.0),
+        guidance_alpha=1.0,
+        log_text_attention_weights=0.0,
+        keyframe_duration=2.0,
+        interpolation_durations=(1.0, 0.5),
+        max_batch=64,
+        prompts=PromptTemplates(
+            first_frame="{prompt}",
+            keyframes_guided="{duration}秒<n>{prompt}",
+            keyframes_guider="{duration}秒<n>",
+        ),
+    )
+    return CogVideoConfig(
+        keyframes=keyframes,
+        interpolation=replace(keyframes, temporal="window", window=4),
+        vqvae=vqvae,
+        sampling=sampling,
+    )
+
+
+PRESETS: dict[str, Callable[[], CogVideoConfig]] = {"cogvideo": cogvideo, "cogvideo-demo": cogvideo_demo}

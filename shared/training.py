@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared.errors import SettingError, WeightsError
+from shared.optimizers import Muon
+
+MUON_MIN_WIDTH = 16
 
 Logs = dict[str, float]
 Objective = Callable[[int], tuple[Tensor, dict[str, Any]]]
@@ -36,7 +39,7 @@ class TrainConfig:
 
     steps: int
     lr: float = 1e-3
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices of the blocks by Muon, the rest by AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices by Muon, the rest by AdamW
     muon_lr: float = 2e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 1e-4
@@ -112,40 +115,38 @@ def _copy_into(named: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Non
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the hidden matrices ("muon"). Norms, biases and other vectors are not
-    decayed. Embeddings and heads are matrices by shape but tables by meaning, so they stay with AdamW."""
+    decayed. Embeddings are matrices by shape but tables by meaning, so they stay with AdamW."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise SettingError("nothing to train: every parameter is frozen")
-    tables = {
-        f"{name}.weight" if name else "weight"
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Embedding)
-    }
-    matrices = {
-        n
-        for n, p in trainable.items()
-        if config.optimizer == "muon" and p.ndim == 2 and n not in tables and "blocks" in n
-    }
-    decayed = [p for n, p in trainable.items() if n not in matrices and p.ndim > 1]
-    plain = [p for n, p in trainable.items() if n not in matrices and p.ndim <= 1]
+    hidden = _hidden_matrices(model) if config.optimizer == "muon" else set()
+    matrices = sorted(trainable.keys() & hidden)
+    rest = [p for n, p in trainable.items() if n not in hidden]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = []
-    if decayed or plain:
+    if rest:
         optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=1e-8))
     if matrices:
-        muon = [trainable[n] for n in sorted(matrices)]
-        optimizers.append(
-            torch.optim.Muon(
-                muon, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        weights = [trainable[n] for n in matrices]
+        optimizers.append(Muon(weights, lr=config.muon_lr, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]
     return optimizers
+
+
+def _hidden_matrices(model: nn.Module) -> set[str]:
+    """Weights between hidden layers: linear maps and convolutions but the first and the last ones, which face
+    data, text, time or pixels. Those are recognised by their narrow side."""
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    return {
+        f"{name}.weight"
+        for name, m in model.named_modules()
+        if isinstance(m, kinds) and m.weight.ndim > 1 and min(m.weight.shape[:2]) >= MUON_MIN_WIDTH
+    }
 
 
 class _Stop:

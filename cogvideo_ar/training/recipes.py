@@ -1,0 +1,323 @@
+"""How each part of CogVideo is trained: stages from a recipe and a folder to weights.
+
+Order: the text vocabulary and the image codec; the base channel on still images (CogView2's part); key frames
+(stage 1), where images go on as half of every batch; interpolation (stage 2), where the base is frozen and only
+the temporal channel learns, as in the release. A stage reads the folders of the earlier ones, resumes itself,
+and leaves `weights.safetensors` behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cogvideo_ar.config import CogVideoConfig, TransformerConfig, cogvideo_demo
+from cogvideo_ar.layout import (
+    SequenceLayout,
+    TrainingBatch,
+    image_layout,
+    interpolation_layout,
+    keyframe_layout,
+    pad_text,
+    prompt_tokens,
+    training_batch,
+)
+from cogvideo_ar.training.data import (
+    Sample,
+    TokenClips,
+    duration_text,
+    interpolation_sample,
+    keyframe_sample,
+    tokenize_shapes,
+)
+from cogvideo_ar.training.objective import frame_losses, masked_mean, token_losses
+from cogvideo_ar.transformer import CogVideoTransformer
+from cogvideo_ar.vqvae import VQVAE
+from shared.checkpoints import load_into, save_tensors
+from shared.clips import shapes
+from shared.errors import SettingError, WeightsError
+from shared.tokenizers.icetk import IceTokenizer
+from shared.tokenizers.sentencepiece_training import ICETK_IDS, train_text_model
+from shared.training import Logs, TrainConfig, recipe_of, train
+
+SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
+STAGES = ("tokenizer", "vqvae", "tokens", "base", "keyframes", "interpolation")
+EDGE = 6.0  # extra weight of pixels at outlines, the few that decide which shape is seen
+TEXT_DROPOUT = 0.1  # share of samples without a caption: what guidance calls the guider
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All stages of one preset."""
+
+    config: CogVideoConfig
+    vqvae: TrainConfig
+    base: TrainConfig
+    keyframes: TrainConfig
+    interpolation: TrainConfig
+    vqvae_batch: int = 16
+    continuous_steps: int = 400  # of the codec, before it has a codebook
+    image_batch: int = 32  # of the base stage; the key-frame stage takes a third of it beside its clips
+    clip_batch: int = 12
+    num_clips: int = 6000
+    num_stills: int = 16000
+    vocab_size: int = 96
+
+
+def demo() -> Recipe:
+    """Two CPU cores, about two hours in all."""
+    transformer = TrainConfig(
+        steps=1500,
+        lr=1.5e-3,
+        optimizer="muon",
+        muon_lr=3e-3,
+        ema_decay=0.995,
+        warmup_steps=50,
+        weight_decay=0.01,
+    )
+    return Recipe(
+        config=cogvideo_demo(),
+        vqvae=TrainConfig(steps=3000, lr=1e-3),
+        base=replace(transformer, steps=1200),
+        keyframes=replace(transformer, steps=2400),
+        interpolation=replace(transformer, steps=1000),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe at work in a folder; `quiet` hides the progress bars."""
+
+    recipe: Recipe
+    folder: Path
+    quiet: bool = False
+
+    def stage(self, name: str) -> None:
+        """Run one stage to its end, continuing where an interrupted run left off."""
+        if name not in STAGES:
+            raise SettingError(f"unknown stage {name!r}; legal: {', '.join(STAGES)}, all")
+        getattr(self, f"train_{name}")()
+
+    # ---- vocabulary and codec
+
+    def train_tokenizer(self) -> None:
+        said = shapes.captions()
+        train_text_model(
+            [c.text for c in said] + [c.image_text for c in said],
+            self.folder / "ice_text.model",
+            vocab_size=self.recipe.vocab_size,
+            ids=ICETK_IDS,
+            user_defined_symbols=("<n>", "秒", "0.5", "1.0", "2.0", "4.0"),
+            whole_words=True,
+        )
+        tokenizer, config = self.tokenizer(), self.recipe.config.keyframes
+        wanted = {"<start_of_image>": config.start_of_image, "<pad>": config.pad_token}
+        if wanted != (made := {token: tokenizer.id_of(token) for token in wanted}):
+            raise SettingError(f"the vocabulary has {made}, the preset {wanted}")
+
+    def tokenizer(self) -> IceTokenizer:
+        path = self._needed("ice_text.model", "tokenizer")
+        config = self.recipe.config.keyframes
+        return IceTokenizer(path, num_image_tokens=config.num_image_tokens, special_tokens=SPECIAL_TOKENS)
+
+    def train_vqvae(self) -> None:
+        """Stills only. The first steps run without the codebook, which then starts from the encoder's own
+        features: a codebook that starts earlier collapses to a few codes."""
+        recipe, settings = self.recipe, self.recipe.vqvae
+        torch.manual_seed(settings.seed)
+        model = VQVAE(recipe.config.vqvae).to(memory_format=torch.channels_last)
+        (rate,) = recipe.config.vqvae.rates
+
+        def objective(step: int) -> tuple[Tensor, Logs]:
+            pixels = shapes.stills(settings.seed, step, recipe.vqvae_batch)[0]
+            pixels = pixels.to(memory_format=torch.channels_last)
+            draws = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+            figures: Logs = {}
+            if step < recipe.continuous_steps:
+                rebuilt, commitment = model.reconstruct_unquantized(pixels, rate), pixels.new_zeros(())
+            else:
+                if step == recipe.continuous_steps:
+                    model.init_codebook(shapes.stills(settings.seed + 1, step, 256)[0], draws)
+                output = model(pixels)
+                rebuilt, commitment = output.reconstructions[rate], output.commitment_loss
+                restart = step % 5 == 0 and step < 0.7 * settings.steps
+                model.ema_update(output, decay=0.98, generator=draws if restart else None)
+                figures["codes_used"] = output.codes[rate].unique().numel()
+            difference = rebuilt - pixels
+            loss = (edge_weight(pixels) * (difference.abs() + difference.square())).mean()
+            figures["psnr"] = float(10 * torch.log10(4 / difference.detach().square().mean()))
+            return loss + commitment, figures
+
+        said = recipe_of(settings, batch=recipe.vqvae_batch)
+        train(model, objective, settings, self.folder / "vqvae", recipe=said, quiet=self.quiet)
+        self._save(model, "vqvae")
+
+    def vqvae(self) -> VQVAE:
+        model = VQVAE(self.recipe.config.vqvae)
+        load_into(model, load_file(self._needed("vqvae/weights.safetensors", "vqvae")))
+        return model.to(memory_format=torch.channels_last).eval()
+
+    # ---- tokens
+
+    def train_tokens(self) -> None:
+        self.clips()
+        self.stills()
+
+    def clips(self) -> TokenClips:
+        path = self.folder / "tokens" / "clips.safetensors"
+        return tokenize_shapes(
+            self.vqvae(), path, num_clips=self.recipe.num_clips, seed=1, num_frames=shapes.NUM_FRAMES
+        )
+
+    def stills(self) -> TokenClips:
+        """First frames of other clips, for the image stage."""
+        path = self.folder / "tokens" / "stills.safetensors"
+        return tokenize_shapes(self.vqvae(), path, num_clips=self.recipe.num_stills, seed=2, num_frames=1)
+
+    # ---- transformers
+
+    def train_base(self) -> None:
+        model = self._new_transformer(self.recipe.config.keyframes, self.recipe.base.seed)
+        images, texts = self.stills(), self._texts(self.recipe.config.keyframes)
+        for _, parameter in model.temporal_parameters():
+            parameter.requires_grad = False
+
+        def objective(step: int) -> tuple[Tensor, Logs]:
+            rng = np.random.default_rng([self.recipe.base.seed, step])
+            batch = texts.image_batch(images, rng, self.recipe.image_batch)
+            loss, logs = stage_loss(model, batch)
+            return loss, {"image": logs[0]}
+
+        self._train(model, objective, self.recipe.base, "base")
+
+    def train_keyframes(self) -> None:
+        config, settings = self.recipe.config.keyframes, self.recipe.keyframes
+        model = self._new_transformer(config, settings.seed)
+        load_into(model, load_file(self._needed("base/weights.safetensors", "base")))
+        model.init_temporal_from_base()
+        clips, images, texts = self.clips(), self.stills(), self._texts(config)
+
+        def objective(step: int) -> tuple[Tensor, Logs]:
+            rng = np.random.default_rng([settings.seed, 1, step])
+            samples = [keyframe_sample(clips, rng, config.num_frames) for _ in range(self.recipe.clip_batch)]
+            video, logs = stage_loss(model, texts.clip_batch(samples, rng, keyframe_layout))
+            image, _ = stage_loss(model, texts.image_batch(images, rng, self.recipe.image_batch // 3))
+            return video + image, {"image": float(image)} | {f"frame{t}": x for t, x in logs.items() if t}
+
+        self._train(model, objective, settings, "keyframes")
+
+    def train_interpolation(self) -> None:
+        config, settings = self.recipe.config.interpolation, self.recipe.interpolation
+        model = self._new_transformer(config, settings.seed)
+        load_into(model, load_file(self._needed("keyframes/weights.safetensors", "keyframes")))
+        clips, texts = self.clips(), self._texts(config)
+        for _, parameter in model.base_parameters():
+            parameter.requires_grad = False
+
+        def objective(step: int) -> tuple[Tensor, Logs]:
+            rng = np.random.default_rng([settings.seed, 2, step])
+            samples = [
+                interpolation_sample(clips, rng, config.num_frames) for _ in range(self.recipe.clip_batch)
+            ]
+            loss, logs = stage_loss(model, texts.clip_batch(samples, rng, interpolation_layout))
+            return loss, {f"frame{t}": x for t, x in logs.items() if t % 2}
+
+        self._train(model, objective, settings, "interpolation")
+
+    def _new_transformer(self, config: TransformerConfig, seed: int) -> CogVideoTransformer:
+        torch.manual_seed(seed)
+        return CogVideoTransformer(config)
+
+    def _texts(self, config: TransformerConfig) -> _Texts:
+        return _Texts(config, self.tokenizer(), self.recipe)
+
+    def _train(self, model: CogVideoTransformer, objective, settings: TrainConfig, name: str) -> None:
+        said = recipe_of(settings, images=self.recipe.image_batch, clips=self.recipe.clip_batch)
+        train(model, objective, settings, self.folder / name, recipe=said, quiet=self.quiet)
+        self._save(model, name)
+
+    def _save(self, model: torch.nn.Module, name: str) -> None:
+        tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+        save_tensors(tensors, self.folder / name / "weights.safetensors")
+
+    def _needed(self, name: str, stage: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            raise WeightsError(f"{path} is missing: run the stage {stage!r} first")
+        return path
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Samples to training batches: captions in the templates of inference, left-padded to one length."""
+
+    config: TransformerConfig
+    tokenizer: IceTokenizer
+    recipe: Recipe
+
+    def image_batch(self, images: TokenClips, rng: np.random.Generator, size: int) -> TrainingBatch:
+        picks = rng.integers(len(images), size=size)
+        template = self.recipe.config.sampling.prompts.first_frame
+        texts = [
+            prompt_tokens(template, self.tokenizer, prompt=self._caption(images.captions[i], rng))
+            for i in picks
+        ]
+        return self._batch(texts, images.tokens[torch.from_numpy(picks)], image_layout)
+
+    def clip_batch(
+        self,
+        samples: list[Sample],
+        rng: np.random.Generator,
+        make_layout: Callable[[TransformerConfig, int], SequenceLayout],
+    ) -> TrainingBatch:
+        template = self.recipe.config.sampling.prompts.keyframes
+        texts = [
+            prompt_tokens(
+                template,
+                self.tokenizer,
+                prompt=self._caption(s.caption, rng),
+                duration=float(duration_text(s.stride, self.config.num_frames, shapes.FPS)),
+            )
+            for s in samples
+        ]
+        return self._batch(texts, torch.stack([s.frames for s in samples]), make_layout)
+
+    def _caption(self, caption: shapes.Caption, rng: np.random.Generator) -> str:
+        return "" if rng.random() < TEXT_DROPOUT else caption.text
+
+    def _batch(
+        self,
+        texts: list[list[int]],
+        frames: Tensor,
+        make_layout: Callable[[TransformerConfig, int], SequenceLayout],
+    ) -> TrainingBatch:
+        ids, valid = pad_text(texts, self.config.pad_token, self.config.max_text_len)
+        layout = make_layout(self.config, ids.shape[1])
+        return training_batch(
+            layout, ids, frames, start_of_image=self.config.start_of_image, text_valid_BT=valid
+        )
+
+
+def stage_loss(model: CogVideoTransformer, batch: TrainingBatch) -> tuple[Tensor, dict[int, float]]:
+    """Mean loss over the frames to be generated, and that of every frame by display time."""
+    logits = model(batch.tokens, batch.layout, text_valid_BT=batch.text_valid)
+    losses = token_losses(logits, batch.labels)
+    logs = {time: float(loss) for time, loss in frame_losses(losses.detach(), batch.layout).items()}
+    return masked_mean(losses, batch.loss_mask), logs
+
+
+def edge_weight(pixels: Tensor) -> Tensor:
+    """Weight 1..1+EDGE of every pixel [..., C, H, W]: largest where neighbouring pixels differ."""
+    gray = pixels.mean(-3, keepdim=True)
+    down = torch.nn.functional.pad((gray[..., 1:, :] - gray[..., :-1, :]).abs(), (0, 0, 0, 1))
+    right = torch.nn.functional.pad((gray[..., :, 1:] - gray[..., :, :-1]).abs(), (0, 1, 0, 0))
+    return 1 + EDGE * (down + right).clamp(max=1)
