@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from av.error import FFmpegError
 from av.filter import Graph
+from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
@@ -152,7 +153,7 @@ def _with_palettes(video: Video) -> Iterator[VideoFrame]:
     """Frames in the 256 colours that suit each best."""
     graph = Graph()
     source = graph.add_buffer(
-        width=video.width, height=video.height, format="rgb24", time_base=Fraction(1, GIF_TICKS)
+        width=video.width, height=video.height, format=VideoFormat("rgb24"), time_base=Fraction(1, GIF_TICKS)
     )
     split, sink = graph.add("split"), graph.add("buffersink")
     generate = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
@@ -293,7 +294,7 @@ def _read_folder(folder: Path, start: int, stop: int | None) -> tuple[list[Pixel
 
 
 def read_image(path: str | Path) -> Tensor:
-    """uint8 [H, W, 3] of an image file, upright, alpha over black. UserError names one that cannot be read."""
+    """uint8 [H, W, 3] of an image file, upright, alpha over black; UserError if it cannot be read."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -334,7 +335,7 @@ def image_grid(
 def contact_sheet(
     videos: Sequence[Video], *, frames: int = 8, labels: Sequence[str] = (), gap: int = 2
 ) -> Pixels:
-    """uint8 [H, W, 3]: under its label one row per video, `frames` frames evenly spread from first to last."""
+    """uint8 [H, W, 3]: one row per video, `frames` of its frames evenly spread, under its label."""
     if labels and len(labels) != len(videos):
         raise ValueError(f"{len(videos)} videos need as many labels, got {len(labels)}")
     rows = [image_grid(_spread(video, frames), columns=frames, gap=gap) for video in videos]
