@@ -70,6 +70,12 @@ class DualChannelAttention(nn.Module):
         mixed = torch.lerp(temporal, spatial, self.mix.sigmoid())
         return torch.cat([text, mixed], dim=1) if context.num_text else mixed
 
+    def init_temporal_from_spatial(self, *, copy_out: bool) -> None:
+        self.temporal.qkv.load_state_dict(self.spatial.qkv.state_dict())
+        if copy_out:
+            self.temporal.out.load_state_dict(self.spatial.out.state_dict())
+        self.mix.zero_()
+
 
 class MLP(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
@@ -293,12 +299,9 @@ class CogVideoTransformer(nn.Module):
 
         The paper copies everything; the released code leaves the output projection random (`copy_out=False`).
         """
-        for block in self.blocks:
-            attention = block.attention
-            attention.temporal.qkv.load_state_dict(attention.spatial.qkv.state_dict())
-            if copy_out:
-                attention.temporal.out.load_state_dict(attention.spatial.out.state_dict())
-            attention.mix.zero_()
+        for module in self.modules():
+            if isinstance(module, DualChannelAttention):
+                module.init_temporal_from_spatial(copy_out=copy_out)
         offset, size = self.config.image_position_offset, self.config.frame_len
         rows = torch.arange(self.config.num_extra_positions, device=self.position_embeddings.weight.device)
         frame = self.position_embeddings.weight[offset : offset + size]
