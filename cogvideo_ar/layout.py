@@ -218,6 +218,7 @@ def training_batch(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
 def region_ids(grid: tuple[int, int], window: int, shifted: bool) -> Tensor:
     """The region of every slot [S]; in the temporal channel slots see each other only inside a region.
 
@@ -233,6 +234,7 @@ def region_ids(grid: tuple[int, int], window: int, shifted: bool) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
 def window_slots(grid: tuple[int, int], window: int, shifted: bool) -> Tensor:
     """Slots of equal-sized windows [W, K], in raster order inside a window.
 

@@ -294,7 +294,39 @@ def cogvideox_1_5_5b_i2v() -> CogVideoXConfig:
     return _cogvideox_1_5(in_channels=32, ofs_embed_dim=512)
 
 
+def cogvideox_demo() -> CogVideoXConfig:
+    """The same model small enough to be trained on two CPU cores, for the world of `shared.clips.shapes`:
+    17 frames of 64 x 64 pixels at 8 per second."""
+    text = T5Config(text_len=16, vocab_size=192, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4)
+    return CogVideoXConfig(
+        transformer=TransformerConfig(
+            num_layers=6,
+            num_heads=6,
+            head_dim=32,
+            position="rope",
+            sample_size=(5, 8, 8),
+            time_embed_dim=64,
+            text_dim=text.d_model,
+            text_len=text.text_len,
+        ),
+        vae=VAEConfig(
+            widths=(16, 32, 48, 48),
+            blocks_per_level=1,
+            norm_groups=8,
+            scaling_factor=1.0,  # training measures it
+            sample_size=(64, 64),
+            encode_frames=0,
+            decode_latents=0,
+        ),
+        text=text,
+        schedule=ScheduleConfig(snr_shift=3.0),
+        sampling=SamplingConfig(num_inference_steps=25, guidance_scale=3.0),
+        geometry=GeometryConfig(height=64, width=64, num_frames=17, fps=8, frame_step=8, max_frames=17),
+    )
+
+
 PRESETS: dict[str, Callable[[], CogVideoXConfig]] = {
+    "cogvideox-demo": cogvideox_demo,
     "cogvideox-2b": cogvideox_2b,
     "cogvideox-5b": cogvideox_5b,
     "cogvideox-5b-i2v": cogvideox_5b_i2v,

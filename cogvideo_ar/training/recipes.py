@@ -1,9 +1,9 @@
 """How each part of CogVideo is trained: stages from a recipe and a folder to weights.
 
 Order: the text vocabulary and the image codec; the base channel on still images (CogView2's part); key frames
-(stage 1), where images go on as half of every batch; interpolation (stage 2), where the base is frozen and only
-the temporal channel learns, as in the release. A stage reads the folders of the earlier ones, resumes itself,
-and leaves `weights.safetensors` behind.
+(stage 1), where images go on beside the clips; interpolation (stage 2), where the base is frozen and only the
+temporal channel learns, as in the release. A stage reads the folders of the earlier ones, resumes itself, and
+leaves `weights.safetensors` behind.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Recipe:
     keyframes: TrainConfig
     interpolation: TrainConfig
     vqvae_batch: int = 16
-    continuous_steps: int = 400  # of the codec, before it has a codebook
+    continuous_steps: int = 300  # of the codec, before it has a codebook
     image_batch: int = 32  # of the base stage; the key-frame stage takes a third of it beside its clips
     clip_batch: int = 12
     num_clips: int = 6000
@@ -83,7 +83,7 @@ def demo() -> Recipe:
     )
     return Recipe(
         config=cogvideo_demo(),
-        vqvae=TrainConfig(steps=3000, lr=1e-3),
+        vqvae=TrainConfig(steps=1600, lr=2e-3, optimizer="muon", muon_lr=4e-3, warmup_steps=50, log_every=10),
         base=replace(transformer, steps=1200),
         keyframes=replace(transformer, steps=2400),
         interpolation=replace(transformer, steps=1000),

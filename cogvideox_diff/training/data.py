@@ -1,0 +1,53 @@
+"""Training samples of the diffusion model: clips and stills as VAE latents, encoded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from cogvideox_diff.vae.autoencoder import CausalVAE
+from shared.checkpoints import save_tensors
+from shared.clips import shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentClips:
+    """Posterior means [N, T, Z, h, w] in the VAE's own scale, and what each shows."""
+
+    latents: Tensor
+    captions: tuple[shapes.Caption, ...]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def pixel_batch(seed: int, step: int, size: int, num_frames: int) -> Tensor:
+    """float32 [size, 3, num_frames, 64, 64] in -1..1; short clips start anywhere in whole ones."""
+    if num_frames == 1:
+        return shapes.stills(seed, step, size)[0][:, :, None]
+    clips = [video.to_pixels() for _, video in shapes.batch(seed, step, size)]
+    draws = torch.Generator().manual_seed(step)
+    starts = torch.randint(shapes.NUM_FRAMES - num_frames + 1, (size,), generator=draws).tolist()
+    return torch.stack([clip[:, s : s + num_frames] for clip, s in zip(clips, starts, strict=True)])
+
+
+@torch.no_grad()
+def encode_shapes(vae: CausalVAE, path: Path, *, num_clips: int, seed: int, num_frames: int) -> LatentClips:
+    """Latents of `num_clips` training scenes, read from `path` if an earlier call wrote them."""
+    scenes = [scene for _, scene in zip(range(num_clips), shapes.scenes("train", seed), strict=False)]
+    captions = tuple(scene.caption for scene in scenes)
+    if not path.exists():
+        per_call = 4 if num_frames > 1 else 32
+        parts = []
+        for start in tqdm(range(0, num_clips, per_call), desc=f"latents of {num_clips} clips"):
+            some = scenes[start : start + per_call]
+            pixels = torch.stack([shapes.render(s, num_frames=num_frames).to_pixels() for s in some])
+            mean = vae.encode(pixels).mean.transpose(1, 2)  # [B, Z, t, h, w] -> [B, t, Z, h, w]
+            parts.append(mean.to(torch.float16))
+        save_tensors({"latents": torch.cat(parts)}, path)
+    return LatentClips(latents=load_file(path)["latents"], captions=captions)

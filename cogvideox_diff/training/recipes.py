@@ -1,0 +1,268 @@
+"""How each part of CogVideoX is trained: stages from a recipe and a folder to weights.
+
+Order: the text vocabulary; the VAE, on single frames first and then on clips; the expert transformer with the
+small text encoder, on stills alone first and then on clips and stills together (paper section 3.1: joint
+image and video training). A stage reads the folders of the earlier ones, resumes itself, and leaves
+`weights.safetensors` behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cogvideox_diff.config import CogVideoXConfig, cogvideox_demo
+from cogvideox_diff.schedule import NoiseSchedule
+from cogvideox_diff.text_encoder import T5TextEncoder
+from cogvideox_diff.training.data import LatentClips, encode_shapes, pixel_batch
+from cogvideox_diff.training.objective import diffusion_loss
+from cogvideox_diff.transformer import ExpertTransformer
+from cogvideox_diff.vae.autoencoder import CausalVAE
+from shared.checkpoints import load_into, save_tensors
+from shared.clips import shapes
+from shared.errors import SettingError, WeightsError
+from shared.tokenizers.sentencepiece_training import T5_IDS, train_text_model
+from shared.tokenizers.t5 import T5Tokenizer
+from shared.training import Logs, TrainConfig, recipe_of, train
+
+STAGES = ("tokenizer", "vae", "latents", "transformer")
+EDGE = 6.0  # extra weight of pixels at outlines, the few that decide which shape is seen
+KL = 1e-5
+TEXT_DROPOUT = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """From the share `begin` of all steps on: batches of so many clips of so many frames."""
+
+    begin: float
+    num_frames: int
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All stages of one preset."""
+
+    config: CogVideoXConfig
+    vae: TrainConfig
+    vae_phases: tuple[Phase, ...]
+    transformer: TrainConfig
+    clip_batch: int = 20
+    still_batch: int = 20
+    stills_until: float = 0.1  # share of the steps that see stills alone, in batches three times as large
+    num_clips: int = 5000
+    num_stills: int = 12000
+    vocab_size: int = 96
+
+
+def demo() -> Recipe:
+    """Two CPU cores, about two hours in all."""
+    return Recipe(
+        config=cogvideox_demo(),
+        vae=TrainConfig(
+            steps=1500,
+            lr=2e-3,
+            optimizer="muon",
+            muon_lr=4e-3,
+            warmup_steps=50,
+            ema_decay=0.995,
+            autocast="bfloat16",
+            log_every=10,
+            save_every=100,
+        ),
+        vae_phases=(
+            Phase(begin=0.0, num_frames=1, batch=24),
+            Phase(begin=0.4, num_frames=9, batch=5),
+            Phase(begin=0.67, num_frames=17, batch=3),
+        ),
+        transformer=TrainConfig(
+            steps=10000,
+            lr=1.5e-3,
+            optimizer="muon",
+            muon_lr=3e-3,
+            weight_decay=0.01,
+            ema_decay=0.998,
+            autocast="bfloat16",
+            log_every=50,
+        ),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo}
+
+
+class JointModel(nn.Module):
+    """The two nets that learn together at demo size (the released models keep T5 frozen)."""
+
+    def __init__(self, config: CogVideoXConfig, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.text_encoder = T5TextEncoder(config.text)
+        self.transformer = ExpertTransformer(config.transformer)
+        self.transformer.init_weights(torch.Generator().manual_seed(seed), zero_modulation=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe at work in a folder; `quiet` hides the progress bars."""
+
+    recipe: Recipe
+    folder: Path
+    quiet: bool = False
+
+    def stage(self, name: str) -> None:
+        """Run one stage to its end, continuing where an interrupted run left off."""
+        if name not in STAGES:
+            raise SettingError(f"unknown stage {name!r}; legal: {', '.join(STAGES)}, all")
+        getattr(self, f"train_{name}")()
+
+    # ---- vocabulary and codec
+
+    def train_tokenizer(self) -> None:
+        said = shapes.captions()
+        train_text_model(
+            [c.text for c in said] + [c.image_text for c in said],
+            self.folder / "tokenizer" / "spiece.model",
+            vocab_size=self.recipe.vocab_size,
+            ids=T5_IDS,
+            whole_words=True,
+        )
+        needed, rows = self.tokenizer().num_tokens, self.recipe.config.text.vocab_size
+        if needed > rows:
+            raise SettingError(f"the vocabulary has {needed} entries, the preset's text encoder {rows}")
+
+    def tokenizer(self) -> T5Tokenizer:
+        path = self._needed("tokenizer/spiece.model", "tokenizer")
+        return T5Tokenizer(path.parent, text_len=self.recipe.config.text.text_len)
+
+    def train_vae(self) -> None:
+        """Single frames first, then longer and longer clips: a frame costs a 17th of a clip and teaches
+        outlines and colours as well."""
+        settings, phases, config = self.recipe.vae, self.recipe.vae_phases, self.recipe.config.vae
+        torch.manual_seed(settings.seed)
+        model = CausalVAE(config)
+        with (
+            torch.no_grad()
+        ):  # start nearly without noise: at variance 1 nothing passes the bottleneck for long
+            model.encoder.conv_out.conv.bias[config.latent_channels :] = -6
+
+        def objective(step: int) -> tuple[Tensor, Logs]:
+            phase = next(p for p in reversed(phases) if step >= p.begin * settings.steps)
+            pixels = pixel_batch(settings.seed, step, phase.batch, phase.num_frames)
+            posterior = model.encode(pixels)
+            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+            difference = model.decode(posterior.sample(noise)).float() - pixels
+            loss = (edge_weight(pixels) * (difference.abs() + difference.square())).mean()
+            kl = posterior.kl() / posterior.mean[0].numel()
+            psnr = 10 * torch.log10(4 / difference.detach().square().mean())
+            figures = {"psnr": float(psnr), "kl": float(kl), "latent_std": float(posterior.mean.std())}
+            return loss + KL * kl, figures
+
+        said = recipe_of(settings, phases=str(phases))
+        train(model, objective, settings, self.folder / "vae", recipe=said, quiet=self.quiet)
+        self._save(model, "vae")
+
+    def vae(self) -> CausalVAE:
+        model = CausalVAE(self.recipe.config.vae)
+        load_into(model, load_file(self._needed("vae/weights.safetensors", "vae")))
+        return model.eval()
+
+    # ---- latents
+
+    def train_latents(self) -> None:
+        self.clips()
+        self.stills()
+
+    def clips(self) -> LatentClips:
+        path = self.folder / "latents" / "clips.safetensors"
+        return encode_shapes(
+            self.vae(), path, num_clips=self.recipe.num_clips, seed=1, num_frames=shapes.NUM_FRAMES
+        )
+
+    def stills(self) -> LatentClips:
+        path = self.folder / "latents" / "stills.safetensors"
+        return encode_shapes(self.vae(), path, num_clips=self.recipe.num_stills, seed=2, num_frames=1)
+
+    def scaling_factor(self) -> float:
+        """What gives the latents of the clips unit variance; four digits, as it goes into the config."""
+        return float(f"{1 / float(self.clips().latents.float().std()):.4g}")
+
+    # ---- transformer
+
+    def train_transformer(self) -> None:
+        recipe, settings = self.recipe, self.recipe.transformer
+        model = JointModel(recipe.config, settings.seed)
+        scale, schedule = self.scaling_factor(), NoiseSchedule.from_config(recipe.config.schedule)
+        clips, stills, tokenizer = self.clips(), self.stills(), self.tokenizer()
+        ids = {text: tokenizer([text]).ids[0] for text in _texts()}
+        loss_of = partial(_batch_loss, model, schedule, scale, ids)
+
+        def objective(step: int) -> tuple[Tensor, Logs]:
+            rng = np.random.default_rng([settings.seed, step])
+            if step < recipe.stills_until * settings.steps:
+                image = loss_of(stills, 3 * recipe.still_batch, rng)
+                return image, {"image": float(image)}
+            video, image = loss_of(clips, recipe.clip_batch, rng), loss_of(stills, recipe.still_batch, rng)
+            return video + 0.5 * image, {"video": float(video), "image": float(image)}
+
+        said = recipe_of(settings, clips=recipe.clip_batch, stills=recipe.still_batch, scale=scale)
+        train(model, objective, settings, self.folder / "transformer", recipe=said, quiet=self.quiet)
+        self._save(model, "transformer")
+
+    def joint_model(self) -> JointModel:
+        model = JointModel(self.recipe.config, 0)
+        load_into(model, load_file(self._needed("transformer/weights.safetensors", "transformer")))
+        return model.eval()
+
+    def _save(self, model: nn.Module, name: str) -> None:
+        save_tensors(model.state_dict(), self.folder / name / "weights.safetensors")
+
+    def _needed(self, name: str, stage: str) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            raise WeightsError(f"{path} is missing: run the stage {stage!r} first")
+        return path
+
+
+def _texts() -> set[str]:
+    """Everything that training may say."""
+    return {"", *(c.text for c in shapes.captions()), *(c.image_text for c in shapes.captions())}
+
+
+def _batch_loss(
+    model: JointModel,
+    schedule: NoiseSchedule,
+    scale: float,
+    ids: dict[str, Tensor],
+    clips: LatentClips,
+    size: int,
+    rng: np.random.Generator,
+) -> Tensor:
+    """Mean loss of `size` random clips (or stills). Timesteps are drawn one from each of `size` equal
+    intervals (paper section 3.2, Explicit Uniform Sampling, here over the samples of one process)."""
+    picks = rng.integers(len(clips), size=size)
+    x0 = clips.latents[torch.from_numpy(picks)].float() * scale
+    still = x0.shape[1] == 1
+    texts = [clips.captions[i].image_text if still else clips.captions[i].text for i in picks]
+    texts = ["" if rng.random() < TEXT_DROPOUT else text for text in texts]
+    steps = (np.arange(size) + rng.random(size)) / size * schedule.num_timesteps
+    noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
+    features = model.text_encoder(torch.stack([ids[text] for text in texts]))
+    timesteps = torch.from_numpy(rng.permutation(steps.astype(np.int64)))
+    return diffusion_loss(model.transformer, schedule, x0, features, timesteps, noise).mean()
+
+
+def edge_weight(pixels: Tensor) -> Tensor:
+    """Weight 1..1+EDGE of every pixel [B, C, T, H, W]: largest where neighbouring pixels differ."""
+    gray = pixels.mean(1, keepdim=True)
+    down = torch.nn.functional.pad((gray[..., 1:, :] - gray[..., :-1, :]).abs(), (0, 0, 0, 1))
+    right = torch.nn.functional.pad((gray[..., :, 1:] - gray[..., :, :-1]).abs(), (0, 1, 0, 0))
+    return 1 + EDGE * (down + right).clamp(max=1)
