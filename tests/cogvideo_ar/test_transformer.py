@@ -16,6 +16,7 @@ from cogvideo_ar.layout import (
     interpolation_layout,
     keyframe_layout,
     region_ids,
+    window_slots,
 )
 from cogvideo_ar.training.objective import frame_losses, token_loss, token_losses
 from cogvideo_ar.transformer import CogVideoTransformer
@@ -210,6 +211,18 @@ def test_dropout_only_in_training():
     assert not torch.equal(model(tokens, layout), model(tokens, layout))
     model.eval()
     assert torch.equal(model(tokens, layout), model(tokens, layout))
+
+
+def test_training_works_after_inference():
+    """Kept window tables must not be inference tensors, though inference asks for them first here."""
+    region_ids.cache_clear()
+    window_slots.cache_clear()
+    config = tiny_config(temporal="window", window=2, grid=(4, 2), num_extra_positions=32)
+    model, layout = CogVideoTransformer(config), keyframe_layout(config, 2)
+    tokens = inputs(config, *random_rows(config, layout, rows=1))
+    with torch.inference_mode():
+        model(tokens, layout)
+    model(tokens, layout).sum().backward()
 
 
 def test_wrong_length_is_refused():
