@@ -67,7 +67,7 @@ class DualChannelAttention(nn.Module):
             return out_BLC
         temporal = self.temporal.merge(context.temporal(*heads, cache, self.layer))
         text, spatial = out_BLC.split([context.num_text, temporal.shape[1]], dim=1)
-        mixed = torch.lerp(temporal, spatial, self.mix.sigmoid())
+        mixed = torch.lerp(temporal, spatial, self.mix.sigmoid().to(spatial.dtype))
         return torch.cat([text, mixed], dim=1) if context.num_text else mixed
 
     def init_temporal_from_spatial(self, *, copy_out: bool) -> None:

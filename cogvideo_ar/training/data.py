@@ -49,8 +49,8 @@ class TokenClips:
 
 
 def tokenize_shapes(vqvae: VQVAE, path: Path, *, num_clips: int, seed: int, num_frames: int) -> TokenClips:
-    """Image tokens of `num_clips` training scenes, read from `path` if an earlier call wrote them. `num_frames` 1
-    gives first frames only, for the image stage."""
+    """Image tokens of `num_clips` training scenes, read from `path` if an earlier call wrote them.
+    `num_frames` 1 gives first frames only, for the image stage."""
     scenes = [scene for _, scene in zip(range(num_clips), shapes.scenes("train", seed), strict=False)]
     captions = tuple(scene.caption for scene in scenes)
     if path.exists():

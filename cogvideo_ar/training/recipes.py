@@ -80,6 +80,7 @@ def demo() -> Recipe:
         ema_decay=0.995,
         warmup_steps=50,
         weight_decay=0.01,
+        autocast="bfloat16",
     )
     return Recipe(
         config=cogvideo_demo(),
