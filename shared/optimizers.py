@@ -13,7 +13,7 @@ ROUNDS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is made orthogonal; a kernel [out, in, ...] counts as a matrix [out, in * ...].
+    """Momentum whose every update is made orthogonal; a kernel [out, in, ...] is a matrix [out, in * ...].
 
     Updates are scaled to the root mean square that AdamW's typically have (0.2 sqrt(larger side)), so that
     learning rates carry over from AdamW.

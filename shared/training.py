@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared.errors import SettingError, WeightsError
+from shared.files import write_json
 from shared.optimizers import Muon
 
 MUON_MIN_WIDTH = 16
@@ -191,8 +193,8 @@ def train(
     TensorBoard events, and `model` holds the averaged weights if EMA is on.
 
     A folder with a `state.pt` is resumed, bit for bit on one process; one whose `recipe` differs is refused.
-    Raises `Interrupted` after SIGTERM or SIGINT, with the state saved, and FloatingPointError when the loss is
-    not finite (the last saved state stays).
+    Raises `Interrupted` after SIGTERM or SIGINT, with the state saved, and FloatingPointError when the loss
+    or its gradient is not finite (the last saved state stays).
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -201,7 +203,10 @@ def train(
     optimizers = make_optimizers(model, config)
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
     start = _resume(folder, model, optimizers, ema)
-    torch.manual_seed(config.seed + start)
+    if start > config.steps:
+        raise SettingError(
+            f"{folder} holds a run of {start} steps; steps must be at least that, got {config.steps}"
+        )
     started = time.monotonic()
     with (
         SummaryWriter(str(folder)) as board,
@@ -219,6 +224,7 @@ def train(
 
         for step in range(start, config.steps):
             model.train()
+            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout too is the same after a resume
             figures = _step(model, objective, optimizers, config, step)
             if ema:
                 ema.update(model)
@@ -264,19 +270,20 @@ def _step(
         (loss / config.accumulation).backward()
         for name, value in ({"loss": loss} | logs).items():
             totals[name] = totals.get(name, 0.0) + float(value) / config.accumulation
-    if not math.isfinite(totals["loss"]):
-        raise FloatingPointError(
-            f"the loss is {totals['loss']} at step {step}; the last saved state is untouched"
-        )
+    _require_finite("loss", totals["loss"], step)
     parameters = [p for p in model.parameters() if p.grad is not None]
-    totals["grad_norm"] = float(
-        nn.utils.clip_grad_norm_(parameters, config.clip_norm, error_if_nonfinite=True)
-    )
+    totals["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
+    _require_finite("loss's gradient", totals["grad_norm"], step)
     for optimizer in optimizers:
         optimizer.step()
     totals["lr"] = config.lr * factor
     totals["seconds_per_step"] = time.perf_counter() - began
     return totals
+
+
+def _require_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the {name} is {value} at step {step}; the last saved state is untouched")
 
 
 def _evaluate(
@@ -320,11 +327,12 @@ def _resume(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimiz
             optimizer.load_state_dict(saved)
             for group, lr in zip(optimizer.param_groups, full, strict=True):
                 group["full_lr"] = lr
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise WeightsError(f"{path} does not continue this run: {str(error).splitlines()[0]}") from error
-    if ema and state["ema"]:
-        ema.load_state_dict(state["ema"])
-    return int(state["step"])
+        if ema and state["ema"]:
+            ema.load_state_dict(state["ema"])
+        return int(state["step"])
+    except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path} does not continue this run: {reason}") from error
 
 
 def _check_recipe(folder: Path, recipe: dict[str, Any] | None) -> None:
@@ -332,16 +340,16 @@ def _check_recipe(folder: Path, recipe: dict[str, Any] | None) -> None:
     if recipe is None:
         return
     path = folder / "recipe.json"
-    text = json.dumps(recipe, indent=1, sort_keys=True, default=str)
+    new = json.loads(json.dumps(recipe, sort_keys=True, default=str))
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        new = json.loads(text)
         changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "steps")
         if changed:
             raise SettingError(
-                f"{folder} holds a run with another recipe ({', '.join(changed)} differ); choose another folder"
+                f"{folder} holds a run with another recipe ({', '.join(changed)} differ); "
+                "choose another folder"
             )
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(path, new)
 
 
 def recipe_of(config: TrainConfig, **parts: Any) -> dict[str, Any]:

@@ -42,13 +42,13 @@ from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import load_into, save_tensors
 from shared.clips import shapes
 from shared.errors import SettingError, WeightsError
+from shared.losses import edge_weight
 from shared.tokenizers.icetk import IceTokenizer
 from shared.tokenizers.sentencepiece_training import ICETK_IDS, train_text_model
 from shared.training import Logs, TrainConfig, recipe_of, train
 
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
 STAGES = ("tokenizer", "vqvae", "tokens", "base", "keyframes", "interpolation")
-EDGE = 6.0  # extra weight of pixels at outlines, the few that decide which shape is seen
 TEXT_DROPOUT = 0.1  # share of samples without a caption: what guidance calls the guider
 
 
@@ -126,7 +126,7 @@ class Run:
             raise SettingError(f"the vocabulary has {made}, the preset {wanted}")
 
     def tokenizer(self) -> IceTokenizer:
-        path = self._needed("ice_text.model", "tokenizer")
+        path = self.needed("ice_text.model", "tokenizer")
         config = self.recipe.config.keyframes
         return IceTokenizer(path, num_image_tokens=config.num_image_tokens, special_tokens=SPECIAL_TOKENS)
 
@@ -164,7 +164,7 @@ class Run:
 
     def vqvae(self) -> VQVAE:
         model = VQVAE(self.recipe.config.vqvae)
-        load_into(model, load_file(self._needed("vqvae/weights.safetensors", "vqvae")))
+        load_into(model, load_file(self.needed("vqvae/weights.safetensors", "vqvae")))
         return model.to(memory_format=torch.channels_last).eval()
 
     # ---- tokens
@@ -203,7 +203,7 @@ class Run:
     def train_keyframes(self) -> None:
         config, settings = self.recipe.config.keyframes, self.recipe.keyframes
         model = self._new_transformer(config, settings.seed)
-        load_into(model, load_file(self._needed("base/weights.safetensors", "base")))
+        load_into(model, load_file(self.needed("base/weights.safetensors", "base")))
         model.init_temporal_from_base()
         clips, images, texts = self.clips(), self.stills(), self._texts(config)
 
@@ -219,7 +219,7 @@ class Run:
     def train_interpolation(self) -> None:
         config, settings = self.recipe.config.interpolation, self.recipe.interpolation
         model = self._new_transformer(config, settings.seed)
-        load_into(model, load_file(self._needed("keyframes/weights.safetensors", "keyframes")))
+        load_into(model, load_file(self.needed("keyframes/weights.safetensors", "keyframes")))
         clips, texts = self.clips(), self._texts(config)
         for _, parameter in model.base_parameters():
             parameter.requires_grad = False
@@ -250,7 +250,7 @@ class Run:
         tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
         save_tensors(tensors, self.folder / name / "weights.safetensors")
 
-    def _needed(self, name: str, stage: str) -> Path:
+    def needed(self, name: str, stage: str) -> Path:
         path = self.folder / name
         if not path.exists():
             raise WeightsError(f"{path} is missing: run the stage {stage!r} first")
@@ -314,11 +314,3 @@ def stage_loss(model: CogVideoTransformer, batch: TrainingBatch) -> tuple[Tensor
     losses = token_losses(logits, batch.labels)
     logs = {time: float(loss) for time, loss in frame_losses(losses.detach(), batch.layout).items()}
     return masked_mean(losses, batch.loss_mask), logs
-
-
-def edge_weight(pixels: Tensor) -> Tensor:
-    """Weight 1..1+EDGE of every pixel [..., C, H, W]: largest where neighbouring pixels differ."""
-    gray = pixels.mean(-3, keepdim=True)
-    down = torch.nn.functional.pad((gray[..., 1:, :] - gray[..., :-1, :]).abs(), (0, 0, 0, 1))
-    right = torch.nn.functional.pad((gray[..., :, 1:] - gray[..., :, :-1]).abs(), (0, 1, 0, 0))
-    return 1 + EDGE * (down + right).clamp(max=1)

@@ -28,12 +28,12 @@ from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import load_into, save_tensors
 from shared.clips import shapes
 from shared.errors import SettingError, WeightsError
+from shared.losses import edge_weight
 from shared.tokenizers.sentencepiece_training import T5_IDS, train_text_model
 from shared.tokenizers.t5 import T5Tokenizer
 from shared.training import Logs, TrainConfig, recipe_of, train
 
 STAGES = ("tokenizer", "vae", "latents", "transformer")
-EDGE = 6.0  # extra weight of pixels at outlines, the few that decide which shape is seen
 KL = 1e-5
 TEXT_DROPOUT = 0.1
 
@@ -140,7 +140,7 @@ class Run:
             raise SettingError(f"the vocabulary has {needed} entries, the preset's text encoder {rows}")
 
     def tokenizer(self) -> T5Tokenizer:
-        path = self._needed("tokenizer/spiece.model", "tokenizer")
+        path = self.needed("tokenizer/spiece.model", "tokenizer")
         return T5Tokenizer(path.parent, text_len=self.recipe.config.text.text_len)
 
     def train_vae(self) -> None:
@@ -172,7 +172,7 @@ class Run:
 
     def vae(self) -> CausalVAE:
         model = CausalVAE(self.recipe.config.vae)
-        load_into(model, load_file(self._needed("vae/weights.safetensors", "vae")))
+        load_into(model, load_file(self.needed("vae/weights.safetensors", "vae")))
         return model.eval()
 
     # ---- latents
@@ -219,13 +219,13 @@ class Run:
 
     def joint_model(self) -> JointModel:
         model = JointModel(self.recipe.config, 0)
-        load_into(model, load_file(self._needed("transformer/weights.safetensors", "transformer")))
+        load_into(model, load_file(self.needed("transformer/weights.safetensors", "transformer")))
         return model.eval()
 
     def _save(self, model: nn.Module, name: str) -> None:
         save_tensors(model.state_dict(), self.folder / name / "weights.safetensors")
 
-    def _needed(self, name: str, stage: str) -> Path:
+    def needed(self, name: str, stage: str) -> Path:
         path = self.folder / name
         if not path.exists():
             raise WeightsError(f"{path} is missing: run the stage {stage!r} first")
@@ -258,11 +258,3 @@ def _batch_loss(
     features = model.text_encoder(torch.stack([ids[text] for text in texts]))
     timesteps = torch.from_numpy(rng.permutation(steps.astype(np.int64)))
     return diffusion_loss(model.transformer, schedule, x0, features, timesteps, noise).mean()
-
-
-def edge_weight(pixels: Tensor) -> Tensor:
-    """Weight 1..1+EDGE of every pixel [B, C, T, H, W]: largest where neighbouring pixels differ."""
-    gray = pixels.mean(1, keepdim=True)
-    down = torch.nn.functional.pad((gray[..., 1:, :] - gray[..., :-1, :]).abs(), (0, 0, 0, 1))
-    right = torch.nn.functional.pad((gray[..., :, 1:] - gray[..., :, :-1]).abs(), (0, 1, 0, 0))
-    return 1 + EDGE * (down + right).clamp(max=1)
