@@ -1,0 +1,141 @@
+"""What may be compared with what, and the words for it. Refuses rather than prints a wrong number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any, Protocol
+
+from benchmarks.metrics import METRICS, Metric
+from benchmarks.statistics import Interval, paired_difference
+from benchmarks.suites import Suite
+
+FEW_PROMPTS = 16  # below, a difference must be very large for its interval to exclude zero
+
+MIN_PAIRS = 6  # fewer pairs, all of one sign, are still within chance at 5 % (sign test)
+
+Films = Sequence[Mapping[str, Any]]
+
+
+class Row(Protocol):
+    """Values of one model."""
+
+    refused: dict[str, str]
+    values: dict[str, dict[str, float]]
+
+    def by_prompt(self, metric: str) -> dict[int, float]: ...
+
+
+def paired(rows: Mapping[str, Row], films: Mapping[str, Films]) -> list[dict[str, Any]]:
+    """The difference of every two models for every metric that both have, on the prompts that both have."""
+    return [
+        difference(
+            metric, (a, b), (rows[a].by_prompt(name), rows[b].by_prompt(name)), unlike(films[a], films[b])
+        )
+        for a, b in combinations(rows, 2)
+        for name, metric in METRICS.items()
+        if rows[a].values.get(name) and rows[b].values.get(name)
+    ]
+
+
+def difference(
+    metric: Metric,
+    names: tuple[str, str],
+    values: tuple[Mapping[Any, float], Mapping[Any, float]],
+    unlike_videos: str,
+) -> dict[str, Any]:
+    """`names[0] - names[1]` with its interval and a verdict in words, or the reason why there is none.
+
+    `values` are by prompt; the prompts that both have count.
+    """
+    entry: dict[str, Any] = {
+        "a": names[0],
+        "b": names[1],
+        "metric": metric.name,
+        "recipe": metric.recipe_line,
+    }
+    common = sorted(values[0].keys() & values[1].keys())
+    if metric.per_frame_step and unlike_videos:
+        return {**entry, "refused": f"{metric.title} depends on the step between frames; {unlike_videos}"}
+    if not common:
+        return {**entry, "refused": "the two share no prompt"}
+    first, second = ([v[index] for index in common] for v in values)
+    interval = paired_difference(first, second, proportion=metric.proportion)
+    return {**entry, **asdict(interval), "verdict": verdict(metric, names, interval)}
+
+
+def verdict(metric: Metric, names: tuple[str, str], interval: Interval) -> str:
+    """What the interval allows to say."""
+    if interval.n < MIN_PAIRS:
+        return f"{interval.n} prompts are too few to tell"
+    if not interval.excludes_zero:
+        return f"no difference shown with {interval.n} prompts"
+    higher, lower = names if interval.value > 0 else names[::-1]
+    if metric.better == "neither":
+        return f"{higher} is higher"
+    return f"{higher if metric.better == 'higher' else lower} is better"
+
+
+def unlike(first: Films, second: Films) -> str:
+    """How the videos of two models differ in rate or size, or "". Length changes no step between frames."""
+    seen = [
+        {(s["video"]["fps"], s["video"]["width"], s["video"]["height"]) for s in films}
+        for films in (first, second)
+    ]
+    if seen[0] == seen[1] or not all(seen):
+        return ""
+    words = [" and ".join(f"{w}x{h} at {fps:g} fps" for fps, w, h in sorted(kinds)) for kinds in seen]
+    return f"the videos are {words[0]} against {words[1]}"
+
+
+def notes(
+    suite: Suite, rows: Mapping[str, Row], films: Mapping[str, Films], failed: Mapping[str, str]
+) -> list[str]:
+    """What a reader must know before reading the numbers."""
+    found = [*unequal_videos(films), *missing_videos(suite, films), *mixed_machines(films)]
+    found += [
+        f"{name}: {metric} refused: {reason}"
+        for name, row in rows.items()
+        for metric, reason in row.refused.items()
+    ]
+    found += [f"failed: {item}: {reason}" for item, reason in failed.items()]
+    if suite.num_prompts < FEW_PROMPTS:
+        found.append(
+            f"{suite.num_prompts} prompts show how the models behave, not which is better: intervals are "
+            "wide. The suite “full” narrows them."
+        )
+    if not suite.warm_up:
+        found.append("no warm-up: the first video of each model carries one-time costs in its seconds")
+    return found
+
+
+def unequal_videos(films: Mapping[str, Films]) -> list[str]:
+    kinds = {name: sorted({video_words(s["video"]) for s in sidecars}) for name, sidecars in films.items()}
+    if len({tuple(words) for words in kinds.values()}) <= 1:
+        return []
+    listed = "; ".join(f"{name} {' and '.join(words) or 'none'}" for name, words in kinds.items())
+    return [f"the models' videos differ in length, rate or size: {listed}"]
+
+
+def video_words(video: Mapping[str, float]) -> str:
+    return f"{video['frames']:g} frames of {video['width']:g}x{video['height']:g} at {video['fps']:g} fps"
+
+
+def missing_videos(suite: Suite, films: Mapping[str, Films]) -> list[str]:
+    wanted = suite.num_prompts * suite.num_videos_per_prompt
+    return [
+        f"{name}: {len(sidecars)} of {wanted} videos are there; differences use the prompts that both have"
+        for name, sidecars in films.items()
+        if len(sidecars) < wanted
+    ]
+
+
+def mixed_machines(films: Mapping[str, Films]) -> list[str]:
+    keys = ("processor", "accelerator", "threads", "torch")
+    machines = {
+        tuple(str(s["environment"][key]) for key in keys) for sidecars in films.values() for s in sidecars
+    }
+    return ["the videos were made on different machines or settings: their seconds do not compare"] * (
+        len(machines) > 1
+    )

@@ -1,0 +1,76 @@
+"""What a model's codec loses: clips, encoded and decoded. No generator does better than its codec."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.metrics import prompt_accuracy
+from benchmarks.metrics.base import Metric, RefusedError
+from shared.video import Video
+
+NAME = "reconstruction"
+MAX_PSNR = 60.0
+WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03  # Wang et al. 2004
+
+METRICS = (
+    Metric(
+        name=f"{NAME}/psnr",
+        title="Codec PSNR",
+        recipe="PSNR of decode(encode(clip)) against the clip, RGB in 0..1, from its mean squared error",
+        unit="dB",
+        parameters={"max_db": MAX_PSNR},
+    ),
+    Metric(
+        name=f"{NAME}/ssim",
+        title="Codec SSIM",
+        recipe="structural similarity of decode(encode(clip)), Gaussian window 11, sigma 1.5, K 0.01 and "
+        "0.03, per RGB channel, valid region, mean over frames",
+        parameters={"window": WINDOW, "sigma": SIGMA, "k1": K1, "k2": K2},
+    ),
+    Metric(
+        name=f"{NAME}/prompt_accuracy",
+        title="Prompt accuracy after the codec",
+        recipe="prompt_accuracy of decode(encode(clip)) against the clip's own caption: the ceiling that the "
+        "codec sets to the generator",
+        proportion=True,
+        parameters=prompt_accuracy.BORDERS,
+    ),
+)
+
+
+def measure(video: Video, truth: Video, prompt: str) -> dict[str, float]:
+    """Values of one reconstruction. Raises RefusedError where the two differ in shape."""
+    if video.frames.shape != truth.frames.shape:
+        got, want = list(video.frames.shape), list(truth.frames.shape)
+        raise RefusedError(f"the codec returned frames {got} for a clip of {want}")
+    first, second = (x.frames.permute(0, 3, 1, 2).double() / 255 for x in (video, truth))  # [T, C, H, W]
+    values = {f"{NAME}/psnr": psnr(first, second), f"{NAME}/ssim": ssim(first, second)}
+    accuracy = prompt_accuracy.measure(video, prompt)[prompt_accuracy.NAME]
+    return {**values, f"{NAME}/prompt_accuracy": accuracy}
+
+
+def psnr(first_TCHW: Tensor, second_TCHW: Tensor) -> float:
+    """Peak signal to noise in dB for values in 0..1, at most MAX_PSNR."""
+    error = (first_TCHW - second_TCHW).square().mean().clamp(min=10 ** (-MAX_PSNR / 10))
+    return float(-10 * error.log10())
+
+
+def ssim(first_TCHW: Tensor, second_TCHW: Tensor) -> float:
+    """Mean structural similarity for values in 0..1; RefusedError for frames smaller than the window."""
+    if min(first_TCHW.shape[-2:]) < WINDOW:
+        raise RefusedError(f"SSIM needs frames of {WINDOW} pixels or more, got {list(first_TCHW.shape[-2:])}")
+    x, y = first_TCHW.flatten(0, 1)[:, None], second_TCHW.flatten(0, 1)[:, None]  # [T * C, 1, H, W]
+    mean_x, mean_y, xx, yy, xy = (_blur(v) for v in (x, y, x * x, y * y, x * y))
+    c1, c2 = K1**2, K2**2
+    likeness = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * (xy - mean_x * mean_y) + c2) / (xx - mean_x**2 + yy - mean_y**2 + c2)
+    return float((likeness * structure).mean())
+
+
+def _blur(x_N1HW: Tensor) -> Tensor:
+    offsets = torch.arange(WINDOW, dtype=x_N1HW.dtype) - (WINDOW - 1) / 2
+    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    weights = weights / weights.sum()
+    return F.conv2d(F.conv2d(x_N1HW, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))

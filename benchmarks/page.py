@@ -1,0 +1,150 @@
+"""The report as one page: every picture, film and plot is inside it, and it asks the network for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from benchmarks import media, plots, wording
+from benchmarks.evaluation import TRUTH, finished_videos
+from benchmarks.metrics import METRICS, RefusedError
+from benchmarks.metrics.prompt_accuracy import wanted_attributes
+from benchmarks.runner import clip_names
+from benchmarks.storage import RunFolder, load_frames, sidecars
+from benchmarks.suites import Suite, suite_from
+from shared.clips import shapes
+from shared.video import Video
+
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_PROMPTS = 12  # shown as films; the numbers are over all
+MAX_CLIPS = 3
+Results = Mapping[str, Any]
+
+
+def render_page(folder: RunFolder, results: Results, descriptions: Mapping[str, str] | None = None) -> str:
+    """The HTML text of a run's report; `descriptions` adds a line on each model."""
+    suite = suite_from(dict(results["recipe"]["suite"]))
+    models = results["models"]
+    template = environment().get_template("report.html.j2")
+    return template.render(
+        suite=suite,
+        results=results,
+        models=models,
+        colours={name: f"var(--series-{index % len(plots.SERIES)})" for index, name in enumerate(models)},
+        descriptions=descriptions or {},
+        headline=wording.headline(results),
+        prompts=prompt_rows(folder, suite, models),
+        num_prompts=suite.num_prompts,
+        table=table_rows(results),
+        columns=[*models, *results["references"]],
+        clips=clip_rows(folder, suite, list(models)),
+        plots={
+            "attributes": Markup(plots.attribute_bars(models)),
+            "cost": Markup(plots.quality_and_cost(models)),
+            "timeline": Markup(plots.stage_timeline(models)),
+        },
+        css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
+    )
+
+
+def environment() -> jinja2.Environment:
+    """Escapes everything; unknown names are errors, not empty places."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["seconds"] = wording.seconds
+    made.filters["size"] = wording.size
+    made.globals["peak"] = wording.peak
+    made.globals["rate"] = wording.rate
+    made.globals["number"] = lambda name, value, sign=False: wording.number(METRICS[name], value, sign=sign)
+    made.globals["span"] = lambda name, value, sign=False: wording.span(METRICS[name], value, sign=sign)
+    made.globals["film_words"] = film_words
+    return made
+
+
+def prompt_rows(folder: RunFolder, suite: Suite, models: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each shown prompt: its text, and a cell of film, strip and reading for each model and the truth."""
+    cells: dict[str, dict[str, Any]] = {}
+    for model, described in models.items():
+        for sidecar in finished_videos(folder, suite, model, dict(described)):
+            if sidecar["sample"] == 0 and sidecar["prompt_index"] < MAX_PROMPTS:
+                row = cells.setdefault(sidecar["prompt"], {"prompt": sidecar["prompt"], "cells": {}})
+                row["cells"][model] = cell(load_frames(folder.videos(model), sidecar), sidecar)
+    if isinstance(suite.prompts, str):
+        for clip in sidecars(folder.clips, clip_names(suite)[: suite.num_prompts]):
+            if clip["prompt"] in cells:
+                cells[clip["prompt"]]["cells"].setdefault(TRUTH, cell(load_frames(folder.clips, clip), clip))
+    return list(cells.values())
+
+
+def cell(video: Video, sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "film": media.film(video),
+        "poster": media.picture(media.enlarged(video.frames[video.num_frames // 2][None], 128)[0]),
+        "strip": media.picture(media.strip(video)),
+        "words": film_words(sidecar["video"]),
+        "width": video.width,
+        "height": video.height,
+        "fps": video.fps,
+        "seed": sidecar.get("seed"),
+        "seconds": sidecar.get("seconds"),
+        "marks": marks(video, sidecar["prompt"]),
+    }
+
+
+def film_words(video: Mapping[str, float]) -> str:
+    return f"{video['frames']:g} frames, {video['width']:g} × {video['height']:g}, {video['fps']:g} fps"
+
+
+def marks(video: Video, prompt: str) -> list[dict[str, Any]]:
+    """What the prompt names, and whether the oracle sees it; empty for a prompt of another world."""
+    try:
+        wanted = wanted_attributes(prompt)
+    except RefusedError:
+        return []
+    reading = shapes.read(video)
+    seen = {name: getattr(reading, name) or "no speed" for name in wanted}
+    found = [
+        {"name": name, "wanted": value, "seen": seen[name], "right": seen[name] == value}
+        for name, value in wanted.items()
+    ]
+    if not reading.valid:
+        found.append({"name": "object", "wanted": "valid", "seen": "no clear shape", "right": False})
+    return found
+
+
+def table_rows(results: Results) -> list[dict[str, Any]]:
+    """One row for each metric that anyone has: a value or a reason per column, and the differences."""
+    columns = {**results["models"], **results["references"]}
+    rows = []
+    for name, metric in METRICS.items():
+        values = {column: row["metrics"].get(name) for column, row in columns.items()}
+        differences = [entry for entry in results["differences"] if entry["metric"] == name]
+        if any(values.values()):
+            row = {"name": name, "metric": metric, "values": values, "differences": differences}
+            rows.append({**row, "sub": "/" in name and name.split("/")[0] in METRICS})
+    return rows
+
+
+def clip_rows(folder: RunFolder, suite: Suite, models: list[str]) -> list[dict[str, Any]]:
+    """Contact sheets of ground truth above each codec's reconstruction."""
+    rows = []
+    for clip in sidecars(folder.clips, clip_names(suite)[: min(MAX_CLIPS, suite.num_clips)]):
+        truth = load_frames(folder.clips, clip)
+        strips = [{"name": TRUTH, "picture": media.picture(media.strip(truth))}]
+        for model in models:
+            for made in sidecars(folder.reconstructions(model), [clip["id"]]):
+                video = load_frames(folder.reconstructions(model), made)
+                strips.append({"name": model, "picture": media.picture(media.strip(video))})
+        if len(strips) > 1:
+            rows.append({"prompt": clip["prompt"], "strips": strips})
+    return rows

@@ -1,0 +1,134 @@
+"""Writes what a run found: results.json for programs, report.md for reviews, report.html for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import wording
+from benchmarks.evaluation import evaluate
+from benchmarks.metrics import METRICS
+from benchmarks.page import render_page
+from benchmarks.storage import RunFolder, read_json
+from shared.files import atomic_path, write_json
+
+Results = Mapping[str, Any]
+
+
+def write_reports(folder: RunFolder, descriptions: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Measure a run from its frames and write all its reports; returns what results.json holds.
+
+    `descriptions` adds a line on each model to the page.
+    """
+    measured = write_results(folder, evaluate(folder))
+    write_text(folder.path / "report.md", markdown(measured))
+    write_text(folder.path / "report.html", render_page(folder, measured, descriptions))
+    return measured
+
+
+def write_results(folder: RunFolder, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """results.json, and every item's values beside it in per_item.json; returns the former's content."""
+    results = {name: value for name, value in measured.items() if name != "items"}
+    write_json(folder.path / "results.json", results)
+    write_json(folder.path / "per_item.json", measured["items"])
+    return results
+
+
+def up_to_date(folder: RunFolder) -> bool:
+    """Do the reports show this run, measured by these recipes?"""
+    paths = [folder.path / name for name in ("results.json", "per_item.json", "report.md", "report.html")]
+    if not all(path.is_file() for path in paths):
+        return False
+    recipe, index = read_json(paths[0])["recipe"], folder.read_index()
+    ids = {name: metric.recipe_id for name, metric in METRICS.items()}
+    same = all(recipe[name] == index[name] for name in ("suite", "command", "environment"))
+    return same and {name: metric["id"] for name, metric in recipe["metrics"].items()} == ids
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def markdown(results: Results) -> str:
+    """The report as Markdown: findings, numbers, stages, notes, and how to repeat it."""
+    parts = [
+        f"# {results['recipe']['suite']['name']}",
+        " ".join(wording.headline(results)),
+        "## Numbers",
+        metric_table(results),
+        "Each number: value, 95 % interval over prompts, n. Recipes are in `results.json`.",
+        *(["## Differences", difference_table(results)] if results["differences"] else []),
+        "## Stages of one video",
+        stage_table(results),
+        "## Notes",
+        "\n".join(f"- {note}" for note in results["notes"]) or "None.",
+        "## Repeat it",
+        f"```sh\n{results['recipe']['command']}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def metric_table(results: Results) -> str:
+    columns = {**results["models"], **results["references"]}
+    names = [name for name in METRICS if any(name in row["metrics"] for row in columns.values())]
+    rows = [
+        [title_with_unit(name), *(value_cell(name, row["metrics"].get(name)) for row in columns.values())]
+        for name in names
+    ]
+    return table(["metric", *columns], rows)
+
+
+def title_with_unit(name: str) -> str:
+    arrow = {"higher": " ↑", "lower": " ↓", "neither": ""}[METRICS[name].better]
+    return f"{METRICS[name].title}{arrow}"
+
+
+def value_cell(name: str, value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    metric = METRICS[name]
+    return f"{wording.number(metric, value['value'])} ({wording.span(metric, value)}; {value['n']})"
+
+
+def difference_table(results: Results) -> str:
+    return comparison_table(results["differences"])
+
+
+def comparison_table(differences: Sequence[Mapping[str, Any]]) -> str:
+    """Differences as a Markdown table; it reads well on a terminal too."""
+    rows = []
+    for entry in differences:
+        metric = METRICS[entry["metric"]]
+        pair = f"{entry['a']} − {entry['b']}"
+        if "refused" in entry:
+            rows.append([metric.title, pair, "refused", entry["refused"]])
+        else:
+            value = f"{wording.number(metric, entry['value'], sign=True)}"
+            rows.append(
+                [metric.title, pair, f"{value} ({wording.span(metric, entry, sign=True)})", entry["verdict"]]
+            )
+    return table(["metric", "pair", "difference", "what it shows"], rows)
+
+
+def stage_table(results: Results) -> str:
+    rows = [
+        [model, stage, wording.seconds(cost["seconds"]), peak_cell(cost), wording.rate(cost)]
+        for model, row in results["models"].items()
+        for stage, cost in row["stages"].items()
+    ]
+    return (
+        table(["model", "stage", "seconds", "peak memory", "rate"], rows)
+        if rows
+        else "No stages were reported."
+    )
+
+
+def peak_cell(cost: Mapping[str, Any]) -> str:
+    return wording.size(cost["peak_bytes"]) if cost["peak_bytes"] else "–"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

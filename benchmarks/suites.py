@@ -1,0 +1,147 @@
+"""Suites: which models make which videos, from which prompts and seeds. A suite is a JSON file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from shared.clips import shapes
+from shared.config_cli import pick
+from shared.errors import SettingError
+
+FOLDER = Path(__file__).parent / "suites"
+SPLITS = ("heldout", "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What a run does.
+
+    `prompts` is a split of the shapes world, or the texts themselves; `num_clips` clips go through each
+    model's codec; `warm_up` makes one video per model that is neither kept nor timed.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    description: str = ""
+    prompts: str | tuple[str, ...] = "heldout"
+    num_prompts: int = 4
+    num_videos_per_prompt: int = 1
+    num_clips: int = 8
+    seed: int = 0
+    warm_up: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise SettingError(f"a suite names each model once and at least one; got {list(self.models)}")
+        if isinstance(self.prompts, str):
+            one_of("prompts", self.prompts, SPLITS)
+        elif not 0 < self.num_prompts <= len(self.prompts):
+            raise SettingError(f"num_prompts {self.num_prompts} of {len(self.prompts)} given prompts")
+        for name, least in (("num_prompts", 1), ("num_videos_per_prompt", 1), ("num_clips", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise SettingError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def command(self) -> str:
+        """The command line that repeats this suite, but for where prompts and results lie."""
+        flags = {
+            name: getattr(self, name)
+            for name in ("num_prompts", "num_videos_per_prompt", "num_clips", "seed")
+        }
+        given = isinstance(self.prompts, str)
+        words = [f"--prompts {self.prompts}" if given else "--prompt_file PROMPTS.txt"]
+        words += [f"--{name} {value}" for name, value in flags.items()]
+        words += ["--warm_up"] if self.warm_up else []
+        name = self.name if self.name in suite_names() else f"{self.name}.json"
+        return f"cogvideo-bench run {name} --models {' '.join(self.models)} {' '.join(words)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One video to make: `sample` counts the videos of one prompt, and every model gets the same seed."""
+
+    id: str
+    prompt: str
+    prompt_index: int
+    sample: int
+    seed: int
+
+
+def one_of(setting: str, got: str, legal: Sequence[str]) -> str:
+    """`got`, if legal; else a SettingError that names the legal values and the nearest."""
+    return pick(setting, got, {name: name for name in legal})
+
+
+def suite_names() -> list[str]:
+    """The suites that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load_suite(name: str) -> Suite:
+    """A suite of the package by name, or any other by the path of its JSON file."""
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{one_of('suite', name, suite_names())}.json"
+    try:
+        return suite_from(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SettingError(f"cannot read the suite {path}: {error}") from error
+
+
+def suite_from(plain: dict[str, Any]) -> Suite:
+    """A suite from its JSON object; a field that no suite has is a SettingError."""
+    for name in plain:
+        one_of("suite field", name, [field.name for field in fields(Suite)])
+    if missing := {"name", "models"} - plain.keys():
+        raise SettingError(f"a suite needs {' and '.join(sorted(missing))}")
+    values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items()}
+    return Suite(**values)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line; empty lines and lines that start with # are left out."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"cannot read prompts from {path}: {error}") from error
+    found = tuple(line for line in lines if line and not line.startswith("#"))
+    if not found:
+        raise SettingError(f"{path} has no prompts")
+    return found
+
+
+def items(suite: Suite) -> list[Item]:
+    """Every video that each model makes, in order."""
+    texts = prompt_texts(suite)
+    each = suite.num_videos_per_prompt
+    return [
+        Item(
+            id=f"{index:03d}-{sample}-{slug(text)}",
+            prompt=text,
+            prompt_index=index,
+            sample=sample,
+            seed=suite.seed + index * each + sample,
+        )
+        for index, text in enumerate(texts)
+        for sample in range(each)
+    ]
+
+
+def prompt_texts(suite: Suite) -> list[str]:
+    if isinstance(suite.prompts, str):
+        return [caption.text for caption in world_captions(suite, suite.num_prompts)]
+    return list(suite.prompts[: suite.num_prompts])
+
+
+def world_captions(suite: Suite, num: int) -> list[shapes.Caption]:
+    """The suite's prompts as captions of the shapes world; given texts fall back to the held-out split."""
+    split = "train" if suite.prompts == "train" else "heldout"
+    return shapes.prompts(split, num, suite.seed)
+
+
+def slug(text: str, length: int = 48) -> str:
+    """A file name's worth of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "prompt"

@@ -1,0 +1,108 @@
+"""Numbers and findings as people read them; the report's pages share these words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.metrics import METRICS, Metric
+
+Value = Mapping[str, Any]
+
+
+def number(metric: Metric, value: float, *, sign: bool = False) -> str:
+    """A value of a metric with its unit: 75 %, 31.2 dB, 0.984; a difference of shares is in points."""
+    places = 0 if metric.proportion else digits(metric, value)
+    scaled = round(100 * value if metric.proportion else value, places) + 0.0  # no minus before a zero
+    mark = "+" if sign and scaled else ""
+    unit = ("points" if sign else "%") if metric.proportion else metric.unit
+    return f"{scaled:{mark}.{places}f} {unit}".strip()
+
+
+def digits(metric: Metric, value: float) -> int:
+    """Places after the point; values without a unit lie in 0..1."""
+    if not metric.unit:
+        return 4 if 0.995 < value < 1 or abs(value) < 0.01 else 3
+    return 2 if abs(value) < 10 else 1
+
+
+def span(metric: Metric, value: Value, *, sign: bool = False) -> str:
+    """The interval of a value, without repeating its unit: 25 to 100 %."""
+    low, high = (number(metric, value[end], sign=sign) for end in ("low", "high"))
+    unit = high.rpartition(" ")[2] if " " in high else ""
+    return f"{low.removesuffix(f' {unit}') if unit else low} to {high}"
+
+
+def title(name: str) -> str:
+    """A metric's words, or the name of a metric of another version."""
+    return METRICS[name].title if name in METRICS else name
+
+
+def seconds(value: float) -> str:
+    """A duration with two figures: 85 ms, 0.42 s, 12 s, 3.1 min."""
+    if value < 0.1:
+        return f"{1000 * value:.2g} ms" if value < 0.01 else f"{1000 * value:.0f} ms"
+    if value < 120:
+        return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.3g} min"
+
+
+def size(value: float) -> str:
+    """Bytes in the largest unit that leaves a figure before the point."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if value >= 10 or unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable: GiB takes every size")
+
+
+def rate(stage: Value) -> str:
+    """Units of a stage per second, or a dash where it counts none: 3.4 steps/s, 20,700 tokens/s."""
+    speed = stage["units_per_second"]
+    if not speed:
+        return "–"
+    figures = f"{speed:,.0f}" if speed >= 100 else f"{speed:.2g}"
+    return f"{figures} {stage['unit'] or 'unit'}s/s"
+
+
+def peak(stages: Mapping[str, Value]) -> str:
+    """The greatest peak of all stages, or a dash where none was measured."""
+    most = max((stage["peak_bytes"] for stage in stages.values()), default=0)
+    return size(most) if most else "–"
+
+
+def headline(results: Mapping[str, Any]) -> list[str]:
+    """The findings in sentences: what each model got right, what may be said of the difference, the cost."""
+    models = results["models"]
+    name = "prompt_accuracy"
+    shares = [
+        f"{model} in {number(METRICS[name], row['metrics'][name]['value'])}"
+        for model, row in models.items()
+        if name in row["metrics"]
+    ]
+    sentences = (
+        [f"All that the prompt asks for is shown by {' and by '.join(shares)} of prompts."] if shares else []
+    )
+    for entry in results["differences"]:
+        if entry["metric"] == name and "verdict" in entry:
+            sentences.append(f"{sentence(entry['verdict'])}.")
+    return sentences + cost_sentences(models)
+
+
+def cost_sentences(models: Mapping[str, Any]) -> list[str]:
+    costs = {
+        model: row["metrics"]["seconds_per_video"]["value"]
+        for model, row in models.items()
+        if "seconds_per_video" in row["metrics"]
+    }
+    if len(costs) < 2:
+        return []
+    quick, slow = min(costs, key=lambda m: costs[m]), max(costs, key=lambda m: costs[m])
+    times = costs[slow] / max(costs[quick], 1e-9)
+    words = f"{quick} {seconds(costs[quick])} and {slow} {seconds(costs[slow])}"
+    return [f"One video takes {words}, {times:.1f} times as long."]
+
+
+def sentence(words: str) -> str:
+    """With a capital letter where it starts with a common word: a model's name keeps its own."""
+    return words[0].upper() + words[1:] if words.startswith("no ") else words
