@@ -1,0 +1,164 @@
+"""A whole CogVideo in memory, and as a model folder.
+
+| file | content |
+|---|---|
+| `config.json` | family, format, dtype to run in, `CogVideoConfig` |
+| `keyframes.safetensors` | the transformer of stage 1 |
+| `interpolation.safetensors` | what the transformer of stage 2 does not share with stage 1 |
+| `vqvae.safetensors`, `ice_text.model` | image codec, text model |
+| `cluster_labels.safetensors` | optional: `labels`, the cluster of every image token |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogvideo_ar.config import CogVideoConfig, TransformerConfig
+from cogvideo_ar.transformer import CogVideoTransformer
+from cogvideo_ar.vqvae import VQVAE
+from shared.checkpoints import load_into, load_tensors, save_tensors
+from shared.config_io import from_plain, save_config
+from shared.errors import WeightsError
+from shared.files import atomic_path
+from shared.model_folder import FORMAT, needed, read_model_header
+from shared.runtime import parse_dtype
+from shared.tokenizers.icetk import IceTokenizer
+
+FAMILY = "cogvideo_ar"
+DEMO = Path(__file__).parent / "demo"
+SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A whole model: settings, nets, and the text model, which is kept as bytes to be saved again."""
+
+    config: CogVideoConfig
+    keyframes: CogVideoTransformer
+    interpolation: CogVideoTransformer
+    vqvae: VQVAE
+    tokenizer: IceTokenizer
+    text_model: bytes
+    cluster_labels: Tensor | None = None  # int64 [V]: the cluster of every image token
+
+    def __post_init__(self) -> None:
+        if self.config.super_resolution is not None:
+            raise WeightsError("the model asks for super-resolution, which this version cannot do")
+        check_vocabulary(self.tokenizer, self.config.keyframes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keyframes.word_embeddings.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keyframes.word_embeddings.weight.device
+
+
+def read_config(folder: Path) -> CogVideoConfig:
+    """Settings of a model folder, without its weights."""
+    header = read_model_header(folder, FAMILY)
+    try:
+        return from_plain(CogVideoConfig, header["config"])
+    except WeightsError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"{folder / 'config.json'}: {error}") from error
+
+
+def run_dtype(folder: Path, wanted: str | torch.dtype | None) -> torch.dtype:
+    """The dtype asked for, or the one that the folder names; float32 where it names none."""
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    return parse_dtype(wanted or read_model_header(folder, FAMILY).get("dtype", "float32"))
+
+
+def load_parts(folder: Path, dtype: torch.dtype, device: torch.device) -> Parts:
+    """Read a model folder: transformers in `dtype`, the codec in float32."""
+    config = read_config(folder)
+    text_model = needed(folder / "ice_text.model")
+    tokenizer = load_tokenizer(text_model, config.keyframes.num_image_tokens)
+    base = _read(folder / "keyframes.safetensors", dtype, device)
+    keyframes = _build(CogVideoTransformer, config.keyframes, base)
+    inherited = {name: base[name] for name, _ in keyframes.base_parameters()}
+    own = _read(folder / "interpolation.safetensors", dtype, device)
+    labels = folder / "cluster_labels.safetensors"
+    return Parts(
+        config=config,
+        keyframes=keyframes,
+        interpolation=_build(CogVideoTransformer, config.interpolation, inherited | own),
+        vqvae=_build(VQVAE, config.vqvae, _read(folder / "vqvae.safetensors", torch.float32, device)),
+        tokenizer=tokenizer,
+        text_model=text_model.read_bytes(),
+        cluster_labels=load_tensors(labels)["labels"] if labels.is_file() else None,
+    )
+
+
+def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write a model folder; `dtype` is that of the stored weights (default: as they are)."""
+    base = parts.keyframes.state_dict()
+    shared_names = {name for name, _ in parts.interpolation.base_parameters()}
+    own = {
+        name: x
+        for name, x in parts.interpolation.state_dict().items()
+        if name not in shared_names or not torch.equal(x, base[name])
+    }
+    files = {"keyframes": base, "interpolation": own, "vqvae": parts.vqvae.state_dict()}
+    for name, tensors in files.items():
+        save_tensors(_stored(tensors, dtype), folder / f"{name}.safetensors")
+    if parts.cluster_labels is not None:
+        save_tensors({"labels": parts.cluster_labels}, folder / "cluster_labels.safetensors")
+    with atomic_path(folder / "ice_text.model") as temporary:
+        temporary.write_bytes(parts.text_model)
+    with atomic_path(folder / "config.json") as temporary:  # last: a folder with it is whole
+        save_config(parts.config, temporary, family=FAMILY, format=FORMAT, dtype=dtype_name(parts.dtype))
+    return folder
+
+
+def load_tokenizer(text_model: Path, num_image_tokens: int) -> IceTokenizer:
+    """The text model, with the special tokens that it does not have itself."""
+    tokenizer = IceTokenizer(text_model, num_image_tokens=num_image_tokens)
+    tokenizer.add_special_tokens(t for t in SPECIAL_TOKENS if tokenizer[tokenizer[t]] != t)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: IceTokenizer, config: TransformerConfig) -> None:
+    """WeightsError unless the text model has the ids that the transformer expects."""
+    ids = {"<start_of_image>": config.start_of_image, "<pad>": config.pad_token}
+    for token, wanted in ids.items():
+        if tokenizer[token] != wanted:
+            raise WeightsError(f"the text model gives {token} the id {tokenizer[token]}, the model {wanted}")
+    if tokenizer.num_tokens > config.vocab_size:
+        raise WeightsError(
+            f"the text model has ids up to {tokenizer.num_tokens - 1}, the model {config.vocab_size} rows"
+        )
+
+
+def _read(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    tensors = load_tensors(needed(path), device=str(device))
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+def _build(kind: Callable[[Any], nn.Module], config: Any, tensors: dict[str, Tensor]) -> Any:
+    """A net that holds `tensors` themselves, so that two nets may share some."""
+    with torch.device("meta"):
+        model = kind(config)
+    return load_into(model, tensors).eval().requires_grad_(False)
+
+
+def _stored(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Floating tensors in `dtype`, but for those that it cannot hold (counts of codes in float16)."""
+    if dtype is None:
+        return tensors
+    cast = {name: x.to(dtype) for name, x in tensors.items() if x.is_floating_point()}
+    return tensors | {name: x for name, x in cast.items() if bool(x.isfinite().all())}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

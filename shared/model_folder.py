@@ -1,0 +1,57 @@
+"""Model folders of this project: finding and telling them, and a mark that changes with the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from shared.config_io import read_header
+from shared.errors import WeightsError
+
+FORMAT = 1
+MARK_BYTES = 1 << 20  # of a file's beginning and end that enter the mark
+
+
+def find_model(source: str | Path, *, demo: Path, family: str) -> Path:
+    """The folder that `source` ("demo" or a path) stands for, with a config.json of this family. WeightsError
+    says what is missing."""
+    folder = demo if str(source) == "demo" else Path(source)
+    if not folder.is_dir():
+        what = "the demo weights are not installed" if folder == demo else "there is no such model folder"
+        raise WeightsError(f"{what}: {folder} (legal: demo, or a folder with config.json and the weights)")
+    read_model_header(folder, family)
+    return folder
+
+
+def read_model_header(folder: Path, family: str) -> dict[str, Any]:
+    """config.json of a model folder; WeightsError where it is absent, damaged or of another family."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{folder} is not a model of this project: it has no config.json")
+    header = read_header(path)
+    if header.get("family") != family:
+        raise WeightsError(f"{folder} holds a model of the family {header.get('family')!r}, not {family!r}")
+    if header.get("format") != FORMAT:
+        raise WeightsError(f"{path} has format {header.get('format')!r}; this version reads {FORMAT}")
+    return header
+
+
+def needed(path: Path) -> Path:
+    """`path`, if it is a file; else WeightsError."""
+    if not path.is_file():
+        raise WeightsError(f"{path.parent} lacks {path.name}")
+    return path
+
+
+def weights_mark(folder: Path) -> str:
+    """16 hex digits that change with any file but documents: names, sizes, first and last MiB of each."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(MARK_BYTES))
+            file.seek(max(size - MARK_BYTES, 0))
+            digest.update(file.read(MARK_BYTES))
+    return digest.hexdigest()[:16]
