@@ -1,0 +1,220 @@
+"""Runs one batch through the nets: text, noise, conditions, steps, frames.
+
+Legend: B batch, T latent frames, C latent channels, H/W latent rows/columns, L text tokens, D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cogvideox_diff import conditioning
+from cogvideox_diff.config import CogVideoXConfig
+from cogvideox_diff.denoising import Step, denoise
+from cogvideox_diff.formats import Parts
+from cogvideox_diff.guidance import Predictor, make_guidance
+from cogvideox_diff.planning import Plan
+from cogvideox_diff.schedule import NoiseSchedule
+from cogvideox_diff.schedulers import draw_from, draw_noise, make_scheduler
+from cogvideox_diff.text_encoder import encode_prompts
+from shared.protocol import StageStats
+from shared.runtime import Placement, StageTimer, check_finite, generator
+from shared.tokenizers.t5 import T5Tokenizer
+from shared.video import Video
+
+Callback = Callable[[Step], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One video of a batch; `sample` counts the videos of one prompt and seed."""
+
+    prompt: str
+    seed: int = 0
+    sample: int = 0
+    image: Tensor | None = None  # uint8 [H, W, 3]
+    video: Video | None = None
+
+    def random(self, stream: str) -> torch.Generator:
+        return generator(self.seed, self.sample, stream)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a caller may give instead of letting the pipeline make it."""
+
+    noise: Tensor | None = None  # [B, T, C, H, W], padding included
+    text: Tensor | None = None  # [B, L, D]
+    negative: Tensor | None = None  # [B, L, D] or [1, L, D]
+
+
+NOTHING = Given()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a batch came to: final latents without padding [B, T, C, H, W], pixels [B, 3, frames, h, w] (None
+    if not decoded), the cost, and per video what the user should know."""
+
+    latents: Tensor
+    pixels: Tensor | None
+    stages: dict[str, StageStats]
+    warnings: tuple[tuple[str, ...], ...]
+
+
+class Engine:
+    """The nets of one model and how they are run; `tokenizer` is a tokenizer folder or file."""
+
+    def __init__(
+        self, config: CogVideoXConfig, parts: Parts, tokenizer: Path, placement: Placement, *, tiled: bool
+    ) -> None:
+        self.config, self.parts, self.tokenizer_path = config, parts, tokenizer
+        self.placement, self.tiled = placement, tiled
+        placement.place(parts.text_encoder, parts.transformer, parts.vae)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts.transformer.proj_out.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.placement.compute
+
+    @cached_property
+    def tokenizer(self) -> T5Tokenizer:
+        return T5Tokenizer(self.tokenizer_path, text_len=self.config.text.text_len)
+
+    def run(
+        self,
+        items: Sequence[Item],
+        plan: Plan,
+        given: Given,
+        *,
+        callback: Callback | None = None,
+        decoded: bool = True,
+    ) -> Batch:
+        timer = StageTimer(self.device)
+        with timer.stage("text"):
+            text, negative, cut = self._text(items, plan, given)
+        noise = self._noise(items, plan, given)
+        encoded = None
+        if plan.task != "t2v":
+            with timer.stage("encode", unit="frames") as stage:
+                encoded, stage.units = self._encode(items, plan)
+        with timer.stage("model", unit="steps", units=plan.num_steps):
+            latents = self._denoise(items, plan, text, negative, noise, encoded, callback)
+        latents = conditioning.drop_padding(latents, plan.geometry)
+        pixels = None
+        if decoded:
+            with timer.stage("decode", unit="frames") as stage:
+                pixels = self._decode(latents)
+                stage.units = len(pixels) * pixels.shape[2]
+        return Batch(latents=latents, pixels=pixels, stages=timer.stages, warnings=cut)
+
+    def _text(
+        self, items: Sequence[Item], plan: Plan, given: Given
+    ) -> tuple[Tensor, Tensor | None, tuple[tuple[str, ...], ...]]:
+        """Features of the prompts [B, L, D], those to guide away from (None: no guidance), and warnings."""
+        wanted = [] if given.text is not None else [item.prompt for item in items]
+        zeros = plan.sampling.unconditional == "zeros" and not plan.negative_prompt
+        encodes_negative = plan.guided and given.negative is None and not zeros
+        features, tails = self._features([*wanted, plan.negative_prompt] if encodes_negative else wanted)
+        text = torch.stack([features[prompt] for prompt in wanted]) if wanted else self._moved(given.text)
+        cut = tuple(_cut_warning(tails.get(item.prompt, ""), text.shape[1]) for item in items)
+        if not plan.guided:
+            return text, None, cut
+        if given.negative is not None:
+            return text, self._moved(given.negative).expand_as(text), cut
+        if zeros:
+            return text, torch.zeros_like(text), cut
+        return text, features[plan.negative_prompt].expand_as(text), cut
+
+    def _features(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Per different prompt its features [L, D], and its end that did not fit."""
+        unique = list(dict.fromkeys(prompts))
+        if not unique:
+            return {}, {}
+        with self.placement.computing(self.parts.text_encoder):
+            features, tails = encode_prompts(self.parts.text_encoder, self.tokenizer, unique)
+        check_finite("text features", features)
+        return dict(zip(unique, self._moved(features), strict=True)), dict(zip(unique, tails, strict=True))
+
+    def _moved(self, x: Tensor | None) -> Tensor:
+        assert x is not None
+        return x.to(self.device, self.dtype)
+
+    def _noise(self, items: Sequence[Item], plan: Plan, given: Given) -> Tensor:
+        """The initial noise in the model's type [B, T, C, H, W], padding included."""
+        shape = plan.geometry.latent_shape(self.config.transformer.out_channels)
+        noise = given.noise
+        return self._moved(draw_noise(shape, [i.random("noise") for i in items]) if noise is None else noise)
+
+    def _encode(self, items: Sequence[Item], plan: Plan) -> tuple[Tensor, int]:
+        """Scaled latents [B, T, C, H, W] of the images or videos, and the frames read."""
+        pixels = self._moved(torch.stack([_pixels(item, plan) for item in items]))
+        frames = pixels.shape[2]
+        shape = ((frames - 1) // self.config.vae.time_factor + 1, *self._latent_frame(plan))
+        noise = draw_noise(shape, [item.random("posterior") for item in items])
+        with self.placement.computing(self.parts.vae):
+            z = conditioning.encode(self.parts.vae, pixels, noise, tiled=self.tiled)
+        if plan.task == "i2v":
+            return conditioning.image_latents(z, self.config, plan.geometry), frames * len(items)
+        return conditioning.clean_latents(z, self.config), frames * len(items)
+
+    def _latent_frame(self, plan: Plan) -> tuple[int, int, int]:
+        return self.config.vae.latent_channels, *plan.geometry.latent_size
+
+    def _denoise(
+        self,
+        items: Sequence[Item],
+        plan: Plan,
+        text: Tensor,
+        negative: Tensor | None,
+        noise: Tensor,
+        encoded: Tensor | None,
+        callback: Callback | None,
+    ) -> Tensor:
+        scheduler = make_scheduler(NoiseSchedule.from_config(self.config.schedule), plan.sampling)
+        start, x = plan.first_step, noise
+        if plan.task == "v2v" and encoded is not None:
+            x = conditioning.add_noise(encoded, noise, scheduler.levels.abar[start]).to(noise.dtype)
+        predict = Predictor(
+            model=self.parts.transformer,
+            text=text,
+            negative=negative,
+            image_latents=encoded if plan.task == "i2v" else None,
+            ofs=plan.sampling.ofs if self.config.transformer.ofs_embed_dim else None,
+        )
+        with self.placement.computing(self.parts.transformer):
+            return denoise(
+                predict,
+                scheduler,
+                x,
+                make_guidance(plan.sampling, plan.num_steps),
+                draw_from([item.random("sampler") for item in items]),
+                start=start,
+                callback=callback,
+                module=self.parts.transformer,
+            )
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        with self.placement.computing(self.parts.vae):
+            return check_finite(
+                "decoded frames", conditioning.decode(self.parts.vae, latents, tiled=self.tiled)
+            )
+
+
+def _pixels(item: Item, plan: Plan) -> Tensor:
+    if item.image is not None:
+        return conditioning.image_pixels(item.image, plan.geometry)
+    assert item.video is not None
+    return conditioning.video_pixels(item.video, plan.geometry)
+
+
+def _cut_warning(tail: str, text_len: int) -> tuple[str, ...]:
+    return (f"the prompt exceeds {text_len} tokens; its end is not used: {tail!r}",) if tail else ()
