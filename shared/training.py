@@ -268,7 +268,7 @@ def _step(
         with torch.autocast(device, dtype=torch.bfloat16, enabled=config.autocast == "bfloat16"):
             loss, logs = objective(step * config.accumulation + micro)
         (loss / config.accumulation).backward()
-        for name, value in ({"loss": loss} | logs).items():
+        for name, value in ({"loss": loss.detach()} | logs).items():
             totals[name] = totals.get(name, 0.0) + float(value) / config.accumulation
     _require_finite("loss", totals["loss"], step)
     parameters = [p for p in model.parameters() if p.grad is not None]

@@ -302,8 +302,11 @@ def _object_mask(frames: Array, ground: Array) -> tuple[Array, Array]:
         return np.zeros(frames.shape[:3], np.float32), ground
     colour = np.median(frames[strong], axis=0)
     axis = colour - ground
-    along = (offset @ axis) / float(axis @ axis)
-    along[size < 0.2 * np.sqrt(float(axis @ axis))] = 0
+    squared = float(axis @ axis)
+    if squared < 1:  # strong pixels of opposite colours around the background: no object
+        return np.zeros(frames.shape[:3], np.float32), ground
+    along = (offset @ axis) / squared
+    along[size < 0.2 * np.sqrt(squared)] = 0
     return np.clip(along, 0, 1).astype(np.float32), colour
 
 
