@@ -47,7 +47,8 @@ def encode_shapes(vae: CausalVAE, path: Path, *, num_clips: int, seed: int, num_
         for start in tqdm(range(0, num_clips, per_call), desc=f"latents of {num_clips} clips"):
             some = scenes[start : start + per_call]
             pixels = torch.stack([shapes.render(s, num_frames=num_frames).to_pixels() for s in some])
-            mean = vae.encode(pixels).mean.transpose(1, 2)  # [B, Z, t, h, w] -> [B, t, Z, h, w]
+            with torch.autocast(pixels.device.type, dtype=torch.bfloat16):  # twice as fast, rounds to 0.4 %
+                mean = vae.encode(pixels).mean.transpose(1, 2)  # [B, Z, t, h, w] -> [B, t, Z, h, w]
             parts.append(mean.to(torch.float16))
         save_tensors({"latents": torch.cat(parts)}, path)
     return LatentClips(latents=load_file(path)["latents"], captions=captions)

@@ -58,7 +58,7 @@ class Recipe:
     clip_batch: int = 20
     still_batch: int = 20
     stills_until: float = 0.1  # share of the steps that see stills alone, in batches three times as large
-    num_clips: int = 5000
+    num_clips: int = 6000
     num_stills: int = 12000
     vocab_size: int = 96
 
@@ -91,7 +91,7 @@ def demo() -> Recipe:
             weight_decay=0.01,
             ema_decay=0.998,
             autocast="bfloat16",
-            log_every=50,
+            log_every=20,
         ),
     )
 
