@@ -28,7 +28,9 @@ def film(video: Video, *, side: int = FILM_SIDE) -> str:
         )
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for picture in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            # one thread: starting more costs many times the work on frames of this size
+            container.mux(stream.encode(frame.reformat(format="yuv420p", threads=1)))
         container.mux(stream.encode())
     return data_address(buffer.getvalue(), "video/mp4")
 

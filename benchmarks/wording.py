@@ -43,7 +43,7 @@ def seconds(value: float) -> str:
     if value < 0.1:
         return f"{1000 * value:.2g} ms" if value < 0.01 else f"{1000 * value:.0f} ms"
     if value < 120:
-        return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
+        return f"{value:.2f} s" if value < 10 else f"{value:.0f} s"
     return f"{value / 60:.3g} min"
 
 

@@ -138,7 +138,7 @@ def test_prompts_are_escaped(suite: Suite, folder: RunFolder, build: Build) -> N
 
 def test_markdown_has_the_numbers(reported: RunFolder) -> None:
     text = (reported.path / "report.md").read_text(encoding="utf-8")
-    assert "| Prompt accuracy ↑ | 100 % (" in text and "| poor | model/late | 0.1 s |" in text
+    assert "| Prompt accuracy ↑ | 100 % (" in text and "| poor | model/late | 0.10 s |" in text
     assert "3 prompts are too few to tell" in text
 
 
