@@ -13,8 +13,8 @@ from shared.files import atomic_path
 from shared.model_card import model_card, read_stage
 
 TRAINED = ("vae", "transformer")
-SUMMARY = """CogVideoX (2024) at toy size, for the world of `shared.clips.shapes`: 64 x 64 pixels, 17 frames at
-8 per second, one coloured shape that moves over a plain background. The architecture is the released one
+SUMMARY = """CogVideoX (2024) at toy size, for the world of `shared.clips.shapes`: 64 x 64 pixels, 17 frames
+at 8 per second, one coloured shape that moves over a plain background. The architecture is the released one
 (3D causal VAE, T5 encoder, expert transformer, zero-SNR v-prediction); sizes and data differ, and the small
 text encoder learns together with the transformer."""
 
