@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 TemporalChannel = Literal["none", "full", "window"]
 Compat = Literal["release", "exact"]
 CodebookUpdate = Literal["ema", "gradient"]  # moving averages, or the quantiser's loss
+SuperResolutionKind = Literal["direct", "iterative"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -206,14 +207,110 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuperResolutionConfig:
+    """One of CogView2's super-resolution transformers; the defaults but `text_len` are those of both.
+
+    "direct" (DSR) makes the tokens of a fine grid from those of a coarse one in one parallel step,
+    "iterative" (IterSR) predicts parts of the fine grid anew in several. Kernels are (rows, columns) of the
+    neighbourhoods that a fine cell sees.
+    """
+
+    kind: SuperResolutionKind
+    num_layers: int
+    num_heads: int
+    text_len: int  # slots of the text; a shorter one is padded on the left
+    head_dim: int = 64
+    vocab_size: int = 150010
+    num_image_tokens: int = 20000
+    start_of_image: int = 150000  # stands in every cell that is to be predicted
+    num_positions: int = 1024  # of text and coarse cells; fine cells have a table of their own
+    coarse_position_offset: int = 513  # position id of the first coarse cell
+    coarse_grid: tuple[int, int] = (20, 20)  # (rows, columns); direct only
+    fine_grid: tuple[int, int] = (60, 60)
+    coarse_kernel: tuple[int, int] = (5, 5)  # direct only
+    fine_kernel: tuple[int, int] = (9, 5)
+    layernorm_eps: float = 1e-5
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    draw: CogLMConfig = CogLMConfig(temperature=1.0, top_k=6, temperature2=0.6)  # direct only
+    pass_top_k: tuple[int, ...] = (40, 40, 40, 20, 20, 10)  # iterative only: likeliest tokens, per pass
+    max_batch: int = 12  # frames that pass the transformer together
+
+    def __post_init__(self) -> None:
+        legal = get_args(SuperResolutionKind)
+        require(self.kind in legal, f"unknown kind of super-resolution {self.kind!r}; legal: {legal}")
+        for name in ("num_layers", "num_heads", "head_dim", "text_len", "max_batch"):
+            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        require(
+            self.num_image_tokens <= self.start_of_image < self.vocab_size,
+            f"start_of_image must lie in {self.num_image_tokens}..{self.vocab_size - 1}, "
+            f"got {self.start_of_image}",
+        )
+        require(min(self.pass_top_k, default=1) >= 1, f"pass_top_k must be >= 1, got {self.pass_top_k}")
+        needed = self.text_len if self.kind == "iterative" else self.coarse_position_offset + self.coarse_len
+        require(self.num_positions >= needed, f"num_positions must be >= {needed}, got {self.num_positions}")
+        fits = all(fine % coarse == 0 for fine, coarse in zip(self.fine_grid, self.coarse_grid, strict=True))
+        require(
+            fits or self.kind == "iterative",
+            f"fine_grid {self.fine_grid} must be a multiple of coarse_grid {self.coarse_grid}",
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def coarse_len(self) -> int:
+        """Cells of the coarse grid."""
+        return self.coarse_grid[0] * self.coarse_grid[1]
+
+    @property
+    def fine_len(self) -> int:
+        """Cells of the fine grid."""
+        return self.fine_grid[0] * self.fine_grid[1]
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Text tokens that are used: "direct" refuses longer prompts, "iterative" cuts them."""
+        return self.text_len - 1 if self.kind == "direct" else self.text_len
+
+
+BlockConfig = TransformerConfig | SuperResolutionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class CogVideoConfig:
     """The whole model: both stages, the optional super-resolution, the image codec and the sampling."""
 
     keyframes: TransformerConfig
     interpolation: TransformerConfig
     vqvae: VQVAEConfig
-    super_resolution: Any = None  # None: the frames stay as small as the transformer makes them
+    super_resolution: SuperResolutionConfig | None = None  # None: the frames stay as small as they are made
     sampling: SamplingConfig = SamplingConfig()
+
+
+def cogview2_dsr() -> SuperResolutionConfig:
+    """Direct super-resolution, as the released CogVideo uses it: 160 -> 480 pixels."""
+    return SuperResolutionConfig(
+        kind="direct",
+        num_layers=48,
+        num_heads=48,
+        text_len=96,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+    )
+
+
+def cogview2_itersr() -> SuperResolutionConfig:
+    """CogView2's refinement of what the direct model made; the released CogVideo does without."""
+    return SuperResolutionConfig(
+        kind="iterative",
+        num_layers=48,
+        num_heads=48,
+        text_len=16,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+    )
 
 
 def cogvideo() -> CogVideoConfig:

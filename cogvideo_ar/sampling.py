@@ -58,10 +58,10 @@ class CogLMSampler:
         if not bool(masses_BM[:, 0].isfinite().all()):
             bad = (~masses_BM[:, 0].isfinite()).nonzero()[:, 0].tolist()
             raise ValueError(f"logits of rows {bad} are not finite")
-        cluster_B = kept_BM.gather(1, _draw(masses_BM, uniforms[:, 0])[:, None])[:, 0]
+        cluster_B = kept_BM.gather(1, draw_index(masses_BM, uniforms[:, 0])[:, None])[:, 0]
         if self.order_V is None:
             return cluster_B
-        return self.order_V[_draw(self._within(z_BV, cluster_B), uniforms[:, 1])]
+        return self.order_V[draw_index(self._within(z_BV, cluster_B), uniforms[:, 1])]
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """Exact probability of every token, float64 [B, V]: its cluster's share of the kept mass, times the
@@ -142,7 +142,7 @@ def cluster_codebook(codebook: Tensor, num_clusters: int, seed: int, *, max_roun
     return labels
 
 
-def _draw(weights_BN: Tensor, uniform_B: Tensor) -> Tensor:
+def draw_index(weights_BN: Tensor, uniform_B: Tensor) -> Tensor:
     """Index [B] by inverse CDF; an entry of weight 0 is never returned."""
     sums_BN = weights_BN.cumsum(1)
     total_B = sums_BN[:, -1]
@@ -157,7 +157,7 @@ def _spread_centres(points: Tensor, num_clusters: int, seed: int) -> Tensor:
     nearest = torch.full((len(points),), torch.inf, dtype=points.dtype)
     for uniform in torch.rand(num_clusters - 1, generator=generator, dtype=points.dtype):
         nearest = nearest.minimum((points - points[picks[-1]]).square().sum(1))
-        picks.append(min(int(_draw(nearest[None], uniform[None])), len(points) - 1))
+        picks.append(min(int(draw_index(nearest[None], uniform[None])), len(points) - 1))
     return points[picks]
 
 

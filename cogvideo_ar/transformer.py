@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from cogvideo_ar.attention import (
     region_slots,
     text_bias,
 )
-from cogvideo_ar.config import TransformerConfig
+from cogvideo_ar.config import BlockConfig, TransformerConfig
 from cogvideo_ar.kv_cache import KVCache, LayerCache
 from cogvideo_ar.layout import SequenceLayout, region_ids, text_positions
 
@@ -29,7 +30,7 @@ from cogvideo_ar.layout import SequenceLayout, region_ids, text_positions
 class Channel(nn.Module):
     """Projections of one attention channel."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -78,7 +79,7 @@ class DualChannelAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size)
         self.down = nn.Linear(4 * config.hidden_size, config.hidden_size)
@@ -89,19 +90,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre- and post-normalised ("sandwich") attention and MLP."""
+    """Pre- and post-normalised ("sandwich") attention and MLP; what the context is, `attention` knows."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: BlockConfig, attention: nn.Module) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.layernorm_eps
         self.attention_norm = nn.LayerNorm(size, eps)
-        self.attention = DualChannelAttention(config, layer)
+        self.attention = attention
         self.attention_out_norm = nn.LayerNorm(size, eps)
         self.mlp_norm = nn.LayerNorm(size, eps)
         self.mlp = MLP(config)
         self.mlp_out_norm = nn.LayerNorm(size, eps)
 
-    def forward(self, x: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Any, cache: LayerCache | None = None) -> Tensor:
         x = x + self.attention_out_norm(self.attention(self.attention_norm(x), context, cache))
         return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
 
@@ -128,7 +129,9 @@ class CogVideoTransformer(nn.Module):
         if config.temporal != "none":
             self.extra_position_embeddings = nn.Embedding(config.num_extra_positions, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(config, DualChannelAttention(config, layer)) for layer in range(config.num_layers)
+        )
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layernorm_eps)
         self.reset_parameters()
 
