@@ -39,6 +39,7 @@ Pixels = NDArray[np.uint8]  # [H, W, 3]
 SUFFIXES = (".mp4", ".mkv", ".gif", "")
 FRAME_NAME, FOLDER_META = "frame_{:06d}.png", "video.json"
 GIF_TICKS = 100  # per second
+THREADS_PAY_FROM = 256 * 256  # pixels; decoding smaller frames, starting threads costs more than it saves
 GIF_MAX_FPS = 50  # viewers slow down frames shorter than two ticks
 BT709, LIMITED_RANGE = 1, 1  # code points of the video standards
 QUALITIES = range(11)
@@ -126,8 +127,8 @@ def _encode(container: Any, stream: Any, video: Video, pixel_format: str) -> Non
     stream.width, stream.height, stream.pix_fmt = video.width, video.height, pixel_format
     for i, pixels in enumerate(_arrays(video)):
         frame = VideoFrame.from_ndarray(pixels, format="rgb24")
-        if pixel_format.startswith("yuv"):
-            frame = frame.reformat(format=pixel_format, dst_colorspace="ITU709")
+        colours = {"dst_colorspace": "ITU709"} if pixel_format.startswith("yuv") else {}
+        frame = frame.reformat(format=pixel_format, threads=1, **colours)
         frame.pts, frame.time_base = i, 1 / _rate(video)
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
@@ -235,6 +236,8 @@ def _read_file(path: Path, start: int, stop: int | None) -> tuple[list[Pixels], 
             if not container.streams.video:
                 raise UserError(f"{path} has no video stream")
             stream = container.streams.video[0]
+            if stream.width * stream.height < THREADS_PAY_FROM:
+                stream.thread_type = "NONE"
             frames: list[Pixels] = []
             times: list[Fraction] = []
             for i, frame in enumerate(container.decode(stream)):
@@ -256,10 +259,10 @@ def _begin_and_end(frame: VideoFrame) -> tuple[Fraction, Fraction]:
 def _rgb(frame: VideoFrame) -> Pixels:
     """[H, W, 3], upright."""
     if any(component.is_alpha for component in frame.format.components):
-        rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
+        rgba = frame.to_ndarray(format="rgba", threads=1).astype(np.uint16)
         pixels = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
     else:
-        pixels = cast(Pixels, frame.to_ndarray(format="rgb24"))
+        pixels = cast(Pixels, frame.to_ndarray(format="rgb24", threads=1))
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
 
 
