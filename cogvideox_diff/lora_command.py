@@ -273,16 +273,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def lines_of(result: Mapping[str, Any]) -> list[str]:
     """A result in sentences, one entry a line."""
-    return [
-        f"{key.replace('_', ' ')}: {_words(value)}"
-        for key, value in result.items()
-        if value not in (None, {})
-    ]
+    told = {key: value for key, value in result.items() if value is not None and (value or key != "notes")}
+    return [f"{key.replace('_', ' ')}: {_words(value)}" for key, value in told.items()]
 
 
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
         return f"{len(value)} ({shown(value)})" if len(value) > 3 else ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -541,6 +541,7 @@ def test_inspect_says_what_a_file_is(tmp_path: Path) -> None:
     said = lora_command.run(options("inspect", str(file), "--preset", "cogvideox-2b"))
     assert (said["matched"], said["unmatched"]) == (60, [])
     assert "matched: 60" in lora_command.lines_of(said)
+    assert "fits: none" in lora_command.lines_of(said | {"fits": {}})
     with pytest.raises(WeightsError, match="60 layers matched, 0 unmatched, 60 of another size"):
         lora_command.run(options("inspect", str(file), "--preset", "cogvideox-5b"))
 
