@@ -1,8 +1,8 @@
-"""Model folders in our layout and in diffusers', told apart by content; configuration first, weights later.
+"""Model folders in our layout, in diffusers' and in SAT's, told apart by content; configuration first.
 
 Ours: config.json, transformer.safetensors, vae.safetensors, text_encoder.safetensors, tokenizer/spiece.model.
 diffusers: model_index.json and a folder per part; a configuration of ours beside them is preferred, since
-diffusers' own files know neither frame rates nor legal lengths.
+diffusers' own files know neither frame rates nor legal lengths. SAT: see `sat_layout`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cogvideox_diff.checkpoints import DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.diffusers_config import PIECES, config_from_diffusers, diffusers_configs, pipeline_index
+from cogvideox_diff.sat_layout import TEXT_FOLDER, is_sat, read_sat, sat_config
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
@@ -39,7 +40,7 @@ DIFFUSERS_INDEX = "model_index.json"
 TOKENIZER = "tokenizer"
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-Layout = Literal["ours", "diffusers"]
+Layout = Literal["ours", "diffusers", "sat"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class ModelFolder:
 
     @property
     def tokenizer(self) -> Path:
-        return self.path / TOKENIZER
+        return self.path / (TEXT_FOLDER if self.layout == "sat" else TOKENIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +66,11 @@ class Parts:
     text_encoder: T5TextEncoder
 
 
-def open_folder(source: str | Path) -> ModelFolder:
+def open_folder(source: str | Path, config: CogVideoXConfig | None = None) -> ModelFolder:
     """Recognise `source` ("demo" or a folder) and read its configuration.
 
-    Raises WeightsError where there is no such folder or nothing in it is known."""
+    `config` replaces that of a SAT folder, which has none of its own; without it the released model of the
+    same structure is taken. Raises WeightsError where there is no such folder or nothing in it is known."""
     path = DEMO if str(source) == "demo" else Path(source)
     if not path.is_dir():
         raise WeightsError(
@@ -78,15 +80,18 @@ def open_folder(source: str | Path) -> ModelFolder:
         return _open_diffusers(path)
     if (path / OUR_CONFIG).is_file():
         return _open_ours(path)
-    sat = " It looks like a SAT checkpoint: convert it first." if list(path.rglob("latest")) else ""
+    if is_sat(path):
+        dtype = _stored_dtype(path / "transformer")
+        return ModelFolder(path=path, layout="sat", config=config or sat_config(path), trained_dtype=dtype)
     raise WeightsError(
-        f"{path} is no model folder: neither {OUR_CONFIG} nor {DIFFUSERS_INDEX} is in it.{sat}"
+        f"{path} is no model folder: neither {OUR_CONFIG} (ours) nor {DIFFUSERS_INDEX} (diffusers) nor "
+        "transformer/latest (SAT) is in it"
     )
 
 
 def load_parts(folder: ModelFolder, dtype: torch.dtype) -> Parts:
     """Read the weights, cast to `dtype`, into nets built without memory of their own."""
-    read = _read_ours if folder.layout == "ours" else _read_diffusers
+    read = {"ours": _read_ours, "diffusers": _read_diffusers, "sat": _read_sat}[folder.layout]
     transformer, vae, text = read(folder)
     config = folder.config
     with torch.device("meta"):
@@ -232,12 +237,25 @@ def _read_diffusers(folder: ModelFolder) -> tuple[dict[str, Tensor], ...]:
     transformer = load_tensors(folder.path / "transformer")
     if folder.config.transformer.position != "rope+learned":
         transformer.pop("patch_embed.pos_embedding", None)  # the fixed table, computed here
-    text = load_tensors(folder.path / "text_encoder")
     return (
         convert(transformer, DIFFUSERS_TRANSFORMER),
         convert(load_tensors(folder.path / "vae"), DIFFUSERS_VAE),
-        {f"t5.{name}": x for name, x in text.items()},
+        _read_t5(folder.path / "text_encoder"),
     )
+
+
+def _read_t5(folder: Path) -> dict[str, Tensor]:
+    """transformers' encoder; a decoder in the same files is left out."""
+    return {f"t5.{n}": x for n, x in load_tensors(folder).items() if n.startswith(("shared.", "encoder."))}
+
+
+def _read_sat(folder: ModelFolder) -> tuple[dict[str, Tensor], ...]:
+    text = folder.path / TEXT_FOLDER
+    if not text.is_dir():
+        raise WeightsError(
+            f"missing {text}: put the text encoder and its tokenizer there, as for the SAT code"
+        )
+    return *read_sat(folder.path, folder.config), _read_t5(text)
 
 
 # ---- diffusers: writing

@@ -89,18 +89,20 @@ class CogVideoXPipeline:
         cls,
         source: str | Path,
         *,
+        config: CogVideoXConfig | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
         offload: str | None = None,
         tiled: bool = False,
         force_dtype: bool = False,
     ) -> CogVideoXPipeline:
-        """Load "demo" or a folder in our layout or in diffusers', told apart by content.
+        """Load "demo" or a folder in our layout, in diffusers' or in SAT's, told apart by content.
 
+        `config` is for SAT folders of models that were never released: SAT's weights come without one.
         `dtype` defaults to the one that the model was trained in, `device` to the first GPU or else the CPU.
         float16 for a bfloat16 model overflows: SettingError unless `force_dtype`. WeightsError for a folder
         that is no model. Nothing is downloaded."""
-        folder = open_folder(source)
+        folder = open_folder(source, config)
         chosen = folder.trained_dtype if dtype is None else dtype
         chosen = parse_dtype(chosen) if isinstance(chosen, str) else chosen
         if chosen == torch.float16 and folder.trained_dtype == torch.bfloat16 and not force_dtype:
@@ -226,12 +228,23 @@ class CogVideoXPipeline:
         several = len(outputs) > 1 or not isinstance(prompt, str)
         return outputs if several else outputs[0]
 
-    def generate(self, request: GenerationRequest, settings: CallSettings = DEFAULTS) -> DiffusionResult:
-        """One video with its cost by stage: "text", "encode" (with an image or video), "model", "decode"."""
-        return self.generate_batch([request], settings)[0]
+    def generate(
+        self,
+        request: GenerationRequest,
+        settings: CallSettings = DEFAULTS,
+        *,
+        callback: Callback | None = None,
+    ) -> DiffusionResult:
+        """One video with its cost by stage: "text", "encode" (with an image or video), "model", "decode".
+        `callback` sees every denoising step."""
+        return self.generate_batch([request], settings, callback=callback)[0]
 
     def generate_batch(
-        self, requests: Sequence[GenerationRequest], settings: CallSettings = DEFAULTS
+        self,
+        requests: Sequence[GenerationRequest],
+        settings: CallSettings = DEFAULTS,
+        *,
+        callback: Callback | None = None,
     ) -> list[DiffusionResult]:
         """The same videos as one by one, to rounding. Requests of equal task and size run together; each is
         billed an equal share of its batch's seconds, and the batch's peak."""
@@ -239,10 +252,8 @@ class CogVideoXPipeline:
         results: dict[int, DiffusionResult] = {}
         for plan in dict.fromkeys(plans):
             places = [i for i, other in enumerate(plans) if other == plan]
-            items = [_item(requests[i]) for i in places]
-            results |= dict(
-                zip(places, self._results(self.engine.run(items, plan, NOTHING), plan), strict=True)
-            )
+            batch = self.engine.run([_item(requests[i]) for i in places], plan, NOTHING, callback=callback)
+            results |= dict(zip(places, self._results(batch, plan), strict=True))
         return [results[i] for i in range(len(requests))]
 
     def _results(self, batch: Batch, plan: Plan) -> list[DiffusionResult]:
