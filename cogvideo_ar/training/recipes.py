@@ -63,8 +63,9 @@ class Recipe:
     interpolation: TrainConfig
     vqvae_batch: int = 16
     continuous_steps: int = 300  # of the codec, before it has a codebook
-    image_batch: int = 32  # of the base stage; the key-frame stage takes a third of it beside its clips
+    image_batch: int = 32  # of the base stage
     clip_batch: int = 12
+    images_beside_clips: int = 24  # of the key-frame stage
     num_clips: int = 6000
     num_stills: int = 16000
     vocab_size: int = 96
@@ -86,7 +87,7 @@ def demo() -> Recipe:
         config=cogvideo_demo(),
         vqvae=TrainConfig(steps=1600, lr=2e-3, optimizer="muon", muon_lr=4e-3, warmup_steps=50, log_every=10),
         base=replace(transformer, steps=1200),
-        keyframes=replace(transformer, steps=2400),
+        keyframes=replace(transformer, steps=2000),
         interpolation=replace(transformer, steps=1000),
     )
 
@@ -211,7 +212,7 @@ class Run:
             rng = np.random.default_rng([settings.seed, 1, step])
             samples = [keyframe_sample(clips, rng, config.num_frames) for _ in range(self.recipe.clip_batch)]
             video, logs = stage_loss(model, texts.clip_batch(samples, rng, keyframe_layout))
-            image, _ = stage_loss(model, texts.image_batch(images, rng, self.recipe.image_batch // 3))
+            image, _ = stage_loss(model, texts.image_batch(images, rng, self.recipe.images_beside_clips))
             return video + image, {"image": float(image)} | {f"frame{t}": x for t, x in logs.items() if t}
 
         self._train(model, objective, settings, "keyframes")
