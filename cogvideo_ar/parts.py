@@ -26,7 +26,7 @@ from shared.checkpoints import load_into, load_tensors, save_tensors
 from shared.config_io import from_plain, save_config
 from shared.errors import WeightsError
 from shared.files import atomic_path
-from shared.model_folder import FORMAT, needed, read_model_header
+from shared.model_folder import FORMAT, needed, read_model_header, without_memory
 from shared.runtime import parse_dtype
 from shared.tokenizers.icetk import IceTokenizer
 
@@ -147,7 +147,7 @@ def _read(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Ten
 
 def _build(kind: Callable[[Any], nn.Module], config: Any, tensors: dict[str, Tensor]) -> Any:
     """A net that holds `tensors` themselves, so that two nets may share some."""
-    with torch.device("meta"):
+    with without_memory():
         model = kind(config)
     return load_into(model, tensors).eval().requires_grad_(False)
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 from shared.config_io import read_header
 from shared.errors import WeightsError
@@ -55,3 +60,22 @@ def weights_mark(folder: Path) -> str:
             file.seek(max(size - MARK_BYTES, 0))
             digest.update(file.read(MARK_BYTES))
     return digest.hexdigest()[:16]
+
+
+class _NoInit(TorchFunctionMode):
+    """`torch.nn.init` leaves tensors as they are: on the meta device its random draws are traced, and
+    importing the tracer takes longer than reading a small model."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules that are built in the block have shapes and no numbers, until weights are loaded into them."""
+    with torch.device("meta"), _NoInit():
+        yield

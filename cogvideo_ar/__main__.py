@@ -1,0 +1,111 @@
+"""CogVideo from the command line: `python -m cogvideo_ar generate --prompt "a red circle"`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+from shared.config_cli import FlagParser, override_all
+from shared.errors import SettingError
+from shared.generation_cli import Order, add_generation_flags, run_generation, run_verbs
+from shared.training_cli import add_training_flags, chosen_recipe, chosen_stages, run_stages
+
+if TYPE_CHECKING:
+    from cogvideo_ar.options import Options
+
+PROG = "cogvideo-ar"
+
+
+def build_parser() -> FlagParser:
+    """The verbs and their flags."""
+    parser = FlagParser(prog=PROG, description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, words, add in (
+        ("generate", "make videos of prompts", _add_generate),
+        ("train", "train a preset's model", add_training_flags),
+    ):
+        verb = verbs.add_parser(name, help=words, description=words)
+        add(verb)
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add_generation_flags(parser, output="out/cogvideo-ar")
+    parser.add_argument("--stages", choices=("1", "both"), default="both", help="1: only the key frames")
+    parser.add_argument("--duration", type=float, help="seconds that the key frames span: their frame rate")
+    parser.add_argument("--rounds", type=int, help="of interpolation; --num_frames says the same")
+    parser.add_argument("--temperature", type=float, help="of all but the first frame")
+    parser.add_argument("--top_k", type=int, help="clusters (or tokens) that a draw chooses from")
+    parser.add_argument("--coglm_temperature2", type=float, help="factor on the temperature inside a cluster")
+    parser.add_argument("--guidance_alpha", "--guidance_scale", type=float, dest="guidance_alpha",
+                        help="of the key frames; 1 is no guidance")  # fmt: skip
+
+
+def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Everything is checked before the weights are read."""
+    from cogvideo_ar.options import resolve
+    from cogvideo_ar.parts import DEMO, FAMILY, read_config, run_dtype
+    from cogvideo_ar.pipeline import CogVideoPipeline, effective_settings
+    from shared.model_folder import find_model, weights_mark
+    from shared.runtime import parse_device
+
+    folder = find_model(options.model_path, demo=DEMO, family=FAMILY)
+    config = read_config(folder)
+    sampling, wishes = override_all(config.sampling, options.set), _wishes(options)
+    dtype, device = run_dtype(folder, options.dtype), parse_device(options.device)
+    settings = effective_settings(
+        resolve(replace(config, sampling=sampling), wishes),
+        weights=weights_mark(folder),
+        dtype=dtype,
+        device=device,
+        clusters=(folder / "cluster_labels.safetensors").is_file(),
+    )
+
+    def load() -> CogVideoPipeline:
+        pipeline = CogVideoPipeline.from_pretrained(folder, dtype=dtype, device=device)
+        return pipeline.configured(wishes, sampling)
+
+    return run_generation(Order(command=(PROG, *argv), settings=settings, load=load), options)
+
+
+def _wishes(options: argparse.Namespace) -> Options:
+    from cogvideo_ar.options import Options
+
+    wishes = Options(**{field.name: getattr(options, field.name) for field in fields(Options)})
+    if options.stages == "both":
+        return wishes
+    if wishes.rounds:
+        raise SettingError(f"--stages 1 leaves interpolation out, but --rounds asks for {wishes.rounds}")
+    return replace(wishes, rounds=0)
+
+
+def train(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Stages of a recipe; the last one writes a model folder for `generate --model_path`."""
+    from cogvideo_ar.training.export import export
+    from cogvideo_ar.training.recipes import RECIPES, STAGES, Run
+
+    stages, recipe = chosen_stages(options.stage, STAGES), chosen_recipe(options, RECIPES)
+    if recipe.continuous_steps >= recipe.vqvae.steps:  # a codec needs its codebook
+        recipe = replace(recipe, continuous_steps=recipe.vqvae.steps // 3)
+    run = Run(recipe, options.output_path, quiet=options.quiet or options.json)
+    return run_stages(options, run, stages, lambda folder: export(run, folder))
+
+
+VERBS = {"generate": generate, "train": train}
+
+
+def _main(argv: Sequence[str]) -> int:
+    options = build_parser().parse_args(argv)
+    return VERBS[options.verb](options, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    return run_verbs(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
