@@ -87,7 +87,7 @@ class EMA:
         self.updates += 1
         named = dict(model.named_parameters())
         names = list(self.shadow)
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             [self.shadow[n] for n in names], [named[n].detach().float() for n in names], weight=1 - decay
         )
 
