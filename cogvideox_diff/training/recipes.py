@@ -84,7 +84,7 @@ def demo() -> Recipe:
             Phase(begin=0.67, num_frames=17, batch=3),
         ),
         transformer=TrainConfig(
-            steps=10000,
+            steps=7000,
             lr=1.5e-3,
             optimizer="muon",
             muon_lr=3e-3,
