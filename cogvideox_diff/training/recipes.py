@@ -57,7 +57,7 @@ class Recipe:
     transformer: TrainConfig
     clip_batch: int = 20
     still_batch: int = 20
-    stills_until: float = 0.1  # share of the steps that see stills alone, in batches three times as large
+    still_steps: int = 974  # first steps, which see stills alone, in batches three times as large
     num_clips: int = 6000
     num_stills: int = 12000
     vocab_size: int = 96
@@ -207,7 +207,7 @@ class Run:
 
         def objective(step: int) -> tuple[Tensor, Logs]:
             rng = np.random.default_rng([settings.seed, step])
-            if step < recipe.stills_until * settings.steps:
+            if step < recipe.still_steps:
                 image = loss_of(stills, 3 * recipe.still_batch, rng)
                 return image, {"image": float(image)}
             video, image = loss_of(clips, recipe.clip_batch, rng), loss_of(stills, recipe.still_batch, rng)
