@@ -196,7 +196,7 @@ def tiny_recipe() -> recipes.Recipe:
         transformer=steps,
         clip_batch=2,
         still_batch=3,
-        stills_until=0.4,
+        still_steps=2,
         num_clips=5,
         num_stills=4,
     )
