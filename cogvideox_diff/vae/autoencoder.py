@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cogvideox_diff.config import VAEConfig
 from cogvideox_diff.vae.blocks import ClipNorm, Downsample, ResBlock, SpatialNorm, Upsample
-from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, run_causal
+from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, RunStage, run_causal
 from cogvideox_diff.vae.tiling import decode_tiles, encode_tiles, run_tiled
 
 
@@ -79,6 +79,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        self.frame_unit = config.time_factor
         last = config.widths[-1]
         norm = partial(ClipNorm, groups=config.norm_groups, eps=config.norm_eps)
         self.conv_in = CausalConv3d(3, config.widths[0])
@@ -124,6 +125,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
+        self.frame_unit = 1
         deepest = config.widths[-1]
         norm = partial(
             SpatialNorm,
@@ -152,11 +154,13 @@ class CausalVAE(nn.Module):
 
     A single image is a clip of one frame. `tiled` follows the diffusers rule and changes the result; `sliced`
     runs one clip of the batch at a time and does not. Group norm takes its statistics per clip and piece.
+    `run` takes the encoder and the decoder through a clip (context parallelism replaces it).
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, run: RunStage = run_causal) -> None:
         super().__init__()
         self.config = config
+        self.run = run
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
@@ -167,7 +171,7 @@ class CausalVAE(nn.Module):
         """
         check_clip(pixels_BCTHW, self.config)
         stage = partial(
-            run_causal,
+            self.run,
             self.encoder,
             chunk=self.config.encode_frames,
             single_frame="first_piece",
@@ -185,7 +189,7 @@ class CausalVAE(nn.Module):
                 f"latents must be [B, {self.config.latent_channels}, t, h, w], got {list(z_BZthw.shape)}"
             )
         stage = partial(
-            run_causal,
+            self.run,
             self.decoder,
             chunk=self.config.decode_latents,
             single_frame=self.config.single_frame,

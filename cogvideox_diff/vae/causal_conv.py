@@ -6,6 +6,7 @@ Shapes: B batch, C channels, T frames, H/W rows/columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,20 @@ class ClipContext:
         return norm(x_BCTHW)
 
 
+class Stage(Protocol):
+    """Encoder or decoder: a piece [B, C, T, H, W] and its context -> the result's piece."""
+
+    frame_unit: int  # a clip may be cut only between so many frames (after a single first one)
+
+    def __call__(self, x_BCTHW: Tensor, context: ClipContext) -> Tensor: ...
+
+
+class RunStage(Protocol):
+    """How a stage goes through a clip: `run_causal`, or on several processes what equals it."""
+
+    def __call__(self, stage: Stage, x_BCTHW: Tensor, *, chunk: int, single_frame: str) -> Tensor: ...
+
+
 def chunk_bounds(num_frames: int, chunk: int) -> list[tuple[int, int]]:
     """Cut into `chunk`-sized runs; the remainder rides with the first run (13, 2 -> 0:3, 3:5, ... 11:13).
 
@@ -57,9 +72,7 @@ def chunk_bounds(num_frames: int, chunk: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], num_frames], strict=True))
 
 
-def run_causal(
-    stage: Callable[[Tensor, ClipContext], Tensor], x_BCTHW: Tensor, *, chunk: int, single_frame: str
-) -> Tensor:
+def run_causal(stage: Stage, x_BCTHW: Tensor, *, chunk: int, single_frame: str) -> Tensor:
     """Run `stage` over the pieces of a clip in order, carrying the history from one to the next."""
     bounds = chunk_bounds(x_BCTHW.shape[2], chunk)
     context = ClipContext(single_frame=single_frame, keep=len(bounds) > 1)
