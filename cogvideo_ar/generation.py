@@ -16,7 +16,7 @@ from torch import Tensor
 from cogvideo_ar.config import CogLMConfig, SamplingConfig
 from cogvideo_ar.layout import SequenceLayout, frame_slots, pad_text
 from cogvideo_ar.sampling import CogLMSampler, guide
-from cogvideo_ar.transformer import CogVideoTransformer
+from cogvideo_ar.transformer import CogVideoTransformer, DecodeState
 
 Sample = Callable[[Tensor, int], Tensor]  # (logits [B, V], number of the token) -> tokens [B]
 
@@ -89,13 +89,7 @@ def generate_tokens(
     """
     num_samples, num_given, frame_len = given_BGS.shape
     groups = 1 if guidance_alpha is None else 2
-    if len(texts) != groups * num_samples:
-        raise ValueError(f"expected {groups * num_samples} texts for {num_samples} samples, got {len(texts)}")
-    ids_RT, valid_RT = pad_prompts(texts, model)
-    given = frame_slots(given_BGS, model.config.start_of_image).repeat(groups, 1)
-    state = model.start(
-        ids_RT, given, layout, text_valid_BT=valid_RT, text_weight=text_weight, release=release
-    )
+    state = prefill(model, layout, texts, given_BGS, groups=groups, text_weight=text_weight, release=release)
     frames_BFS = given_BGS.new_empty(num_samples, layout.num_frames, frame_len)
     frames_BFS[:, :num_given] = given_BGS
     starts_B = given_BGS.new_full((num_samples,), model.config.start_of_image)
@@ -110,3 +104,24 @@ def generate_tokens(
             frames_BFS[:, frame, slot] = tokens_B
             number += 1
     return frames_BFS
+
+
+def prefill(
+    model: CogVideoTransformer,
+    layout: SequenceLayout,
+    texts: list[list[int]],
+    given_BGS: Tensor,
+    *,
+    groups: int,
+    text_weight: float,
+    release: bool,
+) -> DecodeState:
+    """Texts and given frames in the caches; the rows are `groups` times the samples."""
+    wanted = groups * len(given_BGS)
+    if len(texts) != wanted:
+        raise ValueError(f"expected {wanted} texts for {len(given_BGS)} samples, got {len(texts)}")
+    ids_RT, valid_RT = pad_prompts(texts, model)
+    given = frame_slots(given_BGS, model.config.start_of_image).repeat(groups, 1)
+    return model.start(
+        ids_RT, given, layout, text_valid_BT=valid_RT, text_weight=text_weight, release=release
+    )

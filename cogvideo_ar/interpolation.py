@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from cogvideo_ar.config import SamplingConfig
-from cogvideo_ar.generation import StageSamplers, draw_uniforms, generate_tokens
+from cogvideo_ar.generation import StageSamplers, draw_uniforms
 from cogvideo_ar.layout import PromptTokenizer, interpolation_layout, prompt_tokens
 from cogvideo_ar.transformer import CogVideoTransformer
+from cogvideo_ar.wavefront import generate_tokens_in_waves
 
 
 def interpolate(
@@ -82,7 +83,7 @@ def _generate_blocks(
 ) -> Tensor:
     """Blocks in display order [blocks, F, S]."""
     layout = interpolation_layout(model.config, max(map(len, texts)))
-    frames = generate_tokens(
+    frames = generate_tokens_in_waves(
         model,
         layout,
         texts,

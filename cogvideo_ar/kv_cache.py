@@ -26,15 +26,23 @@ class KVCache:
 
     def append(self, k_BNSD: Tensor, v_BNSD: Tensor, region: int = 0) -> tuple[Tensor, Tensor]:
         """Store behind what the region holds; returns all of it, new positions included, as views."""
-        start, length = self.starts[region], self.lengths[region]
-        end = length + k_BNSD.shape[2]
-        if start + end > self.starts[region + 1]:
-            size = self.starts[region + 1] - start
-            raise ValueError(f"cache region of {size} positions cannot hold {end}")
-        self.kv[0, :, :, start + length : start + end] = k_BNSD
-        self.kv[1, :, :, start + length : start + end] = v_BNSD
+        end = self.lengths[region] + k_BNSD.shape[2]
+        self.put(k_BNSD, v_BNSD, self.lengths[region], region)
         self.lengths[region] = end
-        return self.kv[0, :, :, start : start + end], self.kv[1, :, :, start : start + end]
+        return self.first(end, region)
+
+    def put(self, k_BNSD: Tensor, v_BNSD: Tensor, position: int, region: int = 0) -> None:
+        """Store at `position` of the region, which may leave a gap before it."""
+        start, end = self.starts[region] + position, position + k_BNSD.shape[2]
+        if (size := self.starts[region + 1] - self.starts[region]) < end:
+            raise ValueError(f"cache region of {size} positions cannot hold {end}")
+        self.kv[0, :, :, start : self.starts[region] + end] = k_BNSD
+        self.kv[1, :, :, start : self.starts[region] + end] = v_BNSD
+
+    def first(self, length: int, region: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of the region's first `length` positions, as views."""
+        places = slice(self.starts[region], self.starts[region] + length)
+        return self.kv[0, :, :, places], self.kv[1, :, :, places]
 
     def truncate(self, length: int, region: int = 0) -> None:
         """Forget all positions of the region from `length` on."""

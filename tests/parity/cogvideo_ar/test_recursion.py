@@ -28,7 +28,7 @@ def run_names() -> list[str]:
 
 
 class StubNetwork:
-    """Stands in for `generate_tokens`: stage 1 answers as recorded, an interpolated frame is its
+    """Stands in for the decoders: stage 1 answers as recorded, an interpolated frame is its
     neighbours' mean."""
 
     def __init__(self, calls: list[dict[str, Any]], start_of_image: int) -> None:
@@ -90,7 +90,7 @@ def test_recorded_run(name: str, monkeypatch: pytest.MonkeyPatch):
     config = config_of(facts, window=0, start_of_image=start, frame_len=frame_len)
     stub = StubNetwork(run["calls"], start)
     monkeypatch.setattr(keyframes, "generate_tokens", stub)
-    monkeypatch.setattr(interpolation, "generate_tokens", stub)
+    monkeypatch.setattr(interpolation, "generate_tokens_in_waves", stub)
 
     guided = any(call["guider_prefix_ids"] is not None for call in run["calls"])
     alphas = [call["args"]["guidance_alpha"] for call in run["calls"] if call["stage"] == "stage1"]
