@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from cogvideo_ar.vqvae import VQVAE
-from shared.checkpoints import save_tensors
 from shared.clips import shapes
+from shared.clips.cache import cache_key, read_cache, write_cache
 
 STRIDES = (4, 2, 1)  # frames between two sampled ones, the lowest rate first
 CLIP_LENGTHS = {17: 0.6, 9: 0.2, 5: 0.2}  # share of training clips cut to each length
@@ -48,25 +47,34 @@ class TokenClips:
         return len(self.captions)
 
 
-def tokenize_shapes(vqvae: VQVAE, path: Path, *, num_clips: int, seed: int, num_frames: int) -> TokenClips:
-    """Image tokens of `num_clips` training scenes, read from `path` if an earlier call wrote them.
-    `num_frames` 1 gives first frames only, for the image stage."""
+def tokenize_shapes(
+    vqvae: VQVAE, path: Path, *, num_clips: int, seed: int, num_frames: int, quiet: bool = False
+) -> TokenClips:
+    """Image tokens of `num_clips` training scenes, read from `path` if an earlier call with the same weights
+    and numbers wrote them. `num_frames` 1 gives first frames only, for the image stage; `quiet` hides the
+    progress bar."""
     scenes = [scene for _, scene in zip(range(num_clips), shapes.scenes("train", seed), strict=False)]
     captions = tuple(scene.caption for scene in scenes)
-    if path.exists():
-        return TokenClips(tokens=load_file(path)["tokens"].long(), captions=captions)
+    key = cache_key(vqvae, num_clips=num_clips, seed=seed, num_frames=num_frames)
+    tokens = read_cache(path, "tokens", key, num_clips)
+    if tokens is None:
+        tokens = _tokenized(vqvae, scenes, num_frames, quiet)
+        write_cache(path, "tokens", key, tokens)
+    return TokenClips(tokens=tokens.long(), captions=captions)
+
+
+def _tokenized(vqvae: VQVAE, scenes: Sequence[shapes.Scene], num_frames: int, quiet: bool) -> Tensor:
+    """int16 [N, num_frames, S]."""
     per_call = max(1, 64 // num_frames)
     parts = []
-    for start in tqdm(range(0, num_clips, per_call), desc=f"tokens of {num_clips} clips"):
+    for start in tqdm(range(0, len(scenes), per_call), desc=f"tokens of {len(scenes)} clips", disable=quiet):
         clips = [
             shapes.render(s, num_frames=num_frames).to_pixels() for s in scenes[start : start + per_call]
         ]
         pixels = torch.stack(clips, 0).transpose(1, 2).flatten(0, 1)  # [B, C, T, H, W] -> [B*T, C, H, W]
         codes = vqvae.encode(pixels.contiguous(memory_format=torch.channels_last)).flatten(1)
         parts.append(codes.unflatten(0, (-1, num_frames)).to(torch.int16))
-    tokens = torch.cat(parts)
-    save_tensors({"tokens": tokens}, path)
-    return TokenClips(tokens=tokens.long(), captions=captions)
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

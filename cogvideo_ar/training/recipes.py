@@ -176,14 +176,17 @@ class Run:
 
     def clips(self) -> TokenClips:
         path = self.folder / "tokens" / "clips.safetensors"
-        return tokenize_shapes(
-            self.vqvae(), path, num_clips=self.recipe.num_clips, seed=1, num_frames=shapes.NUM_FRAMES
-        )
+        return self._tokenized(path, self.recipe.num_clips, seed=1, num_frames=shapes.NUM_FRAMES)
 
     def stills(self) -> TokenClips:
         """First frames of other clips, for the image stage."""
         path = self.folder / "tokens" / "stills.safetensors"
-        return tokenize_shapes(self.vqvae(), path, num_clips=self.recipe.num_stills, seed=2, num_frames=1)
+        return self._tokenized(path, self.recipe.num_stills, seed=2, num_frames=1)
+
+    def _tokenized(self, path: Path, num_clips: int, *, seed: int, num_frames: int) -> TokenClips:
+        return tokenize_shapes(
+            self.vqvae(), path, num_clips=num_clips, seed=seed, num_frames=num_frames, quiet=self.quiet
+        )
 
     # ---- transformers
 
@@ -213,7 +216,8 @@ class Run:
             samples = [keyframe_sample(clips, rng, config.num_frames) for _ in range(self.recipe.clip_batch)]
             video, logs = stage_loss(model, texts.clip_batch(samples, rng, keyframe_layout))
             image, _ = stage_loss(model, texts.image_batch(images, rng, self.recipe.images_beside_clips))
-            return video + image, {"image": float(image)} | {f"frame{t}": x for t, x in logs.items() if t}
+            frames = {f"frame{t}": x for t, x in logs.items() if t}
+            return video + image, {"image": float(image.detach())} | frames
 
         self._train(model, objective, settings, "keyframes")
 

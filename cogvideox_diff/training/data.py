@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from cogvideox_diff.vae.autoencoder import CausalVAE
-from shared.checkpoints import save_tensors
 from shared.clips import shapes
+from shared.clips.cache import cache_key, read_cache, write_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +36,24 @@ def pixel_batch(seed: int, step: int, size: int, num_frames: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_shapes(vae: CausalVAE, path: Path, *, num_clips: int, seed: int, num_frames: int) -> LatentClips:
-    """Latents of `num_clips` training scenes, read from `path` if an earlier call wrote them."""
+def encode_shapes(
+    vae: CausalVAE, path: Path, *, num_clips: int, seed: int, num_frames: int, quiet: bool = False
+) -> LatentClips:
+    """Latents of `num_clips` training scenes, read from `path` if an earlier call with the same weights and
+    numbers wrote them; `quiet` hides the progress bar."""
     scenes = [scene for _, scene in zip(range(num_clips), shapes.scenes("train", seed), strict=False)]
     captions = tuple(scene.caption for scene in scenes)
-    if not path.exists():
+    key = cache_key(vae, num_clips=num_clips, seed=seed, num_frames=num_frames)
+    latents = read_cache(path, "latents", key, num_clips)
+    if latents is None:
         per_call = 4 if num_frames > 1 else 32
         parts = []
-        for start in tqdm(range(0, num_clips, per_call), desc=f"latents of {num_clips} clips"):
+        for start in tqdm(range(0, num_clips, per_call), desc=f"latents of {num_clips} clips", disable=quiet):
             some = scenes[start : start + per_call]
             pixels = torch.stack([shapes.render(s, num_frames=num_frames).to_pixels() for s in some])
             with torch.autocast(pixels.device.type, dtype=torch.bfloat16):  # twice as fast, rounds to 0.4 %
                 mean = vae.encode(pixels).mean.transpose(1, 2)  # [B, Z, t, h, w] -> [B, t, Z, h, w]
             parts.append(mean.to(torch.float16))
-        save_tensors({"latents": torch.cat(parts)}, path)
-    return LatentClips(latents=load_file(path)["latents"], captions=captions)
+        latents = torch.cat(parts).contiguous()
+        write_cache(path, "latents", key, latents)
+    return LatentClips(latents=latents, captions=captions)
