@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from shared.training_cli import add_training_flags, chosen_recipe, chosen_stages
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cogvideox_diff.denoising import Step
+    from cogvideox_diff.lora_command import Chosen
     from cogvideox_diff.pipeline import CogVideoXPipeline
     from cogvideox_diff.planning import CallSettings
     from shared.protocol import GenerationRequest, GenerationResult
@@ -34,6 +38,7 @@ def build_parser() -> FlagParser:
     for name, words, add in (
         ("generate", "make videos of prompts, of an image, or of another video", _add_generate),
         ("train", "train a preset's model", add_training_flags),
+        ("lora", "look into an adapter, merge it into weights, or rewrite it", _add_lora),
     ):
         verb = verbs.add_parser(name, help=words, description=words)
         add(verb)
@@ -53,6 +58,17 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", choices=("none", "model"), default="none",
                         help="model: nets wait on the CPU for their turn")  # fmt: skip
     parser.add_argument("--tiling", action="store_true", help="code frames in tiles, which saves memory")
+    parser.add_argument("--lora_path", type=Path, action="append", default=[], metavar="LORA",
+                        help="an adapter, of diffusers, PEFT or SAT; several add up")  # fmt: skip
+    parser.add_argument("--lora_scale", type=float, action="append", default=[], metavar="SCALE",
+                        help="its strength, 1 as trained; one for all, or one for each")  # fmt: skip
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    from cogvideox_diff.lora_command import add_arguments
+
+    add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
 
 
 @dataclass
@@ -62,7 +78,6 @@ class Configured:
     pipeline: CogVideoXPipeline
     call: CallSettings
     effective: dict[str, Any]
-    num_steps: int
     on_progress: Callable[[float], None] | None = None
 
     def __post_init__(self) -> None:
@@ -70,20 +85,12 @@ class Configured:
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """The pipeline's result, shown at the rate that was asked for."""
-        done = 0
-
-        def step(*_: Any) -> None:
-            nonlocal done
-            done += 1
-            if self.on_progress is not None:
-                self.on_progress(min(done / self.num_steps, 1.0))
-
-        handle = self.pipeline.parts.transformer.register_forward_hook(step)
-        try:
-            result = self.pipeline.generate(request, self.call)
-        finally:
-            handle.remove()
+        result = self.pipeline.generate(request, self.call, callback=self._moved)
         return replace(result, video=replace(result.video, fps=self.effective["fps"]))
+
+    def _moved(self, step: Step) -> None:
+        if self.on_progress is not None:
+            self.on_progress(step.done / step.total)
 
     def settings(self) -> dict[str, Any]:
         return self.effective
@@ -92,6 +99,7 @@ class Configured:
 def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Everything is checked before the weights are read."""
     from cogvideox_diff.formats import open_folder
+    from cogvideox_diff.lora_command import choose
     from cogvideox_diff.pipeline import CogVideoXPipeline
     from cogvideox_diff.planning import check_request
     from shared.model_folder import weights_mark
@@ -106,6 +114,7 @@ def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
         raise SettingError(f"fps must be positive, got {options.fps}")
     dtype = folder.trained_dtype if options.dtype is None else parse_dtype(options.dtype)
     device = parse_device(options.device)
+    adapters = choose(options.lora_path, options.lora_scale, config.transformer)
     settings = {
         "family": "cogvideox_diff",
         "weights": weights_mark(folder.path),
@@ -115,6 +124,8 @@ def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
     }
+    if adapters:
+        settings["lora"] = [adapter.settings() for adapter in adapters]
 
     def load() -> Configured:
         pipeline = CogVideoXPipeline.from_pretrained(
@@ -125,7 +136,8 @@ def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
             tiled=options.tiling,
         )
         pipeline.config = config
-        return Configured(pipeline, call, settings, plan.num_steps)
+        _load_adapters(pipeline, adapters, quiet=options.quiet or options.json)
+        return Configured(pipeline, call, settings)
 
     order = Order(
         command=(PROG, *argv),
@@ -136,6 +148,16 @@ def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
         inputs=_described(options, image, video),
     )
     return run_generation(order, options)
+
+
+def _load_adapters(pipeline: CogVideoXPipeline, adapters: Sequence[Chosen], *, quiet: bool) -> None:
+    """Also says on standard error what each is and where it went; if `quiet`, only where parts are lost."""
+    for number, adapter in enumerate(adapters):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the report says the same
+            report = pipeline.load_lora(adapter.path, scale=adapter.scale, name=f"lora{number}")
+        if report.unmatched or not quiet:
+            sys.stderr.write(f"{adapter.path} at scale {adapter.scale:g}: {report}\n")
 
 
 def _call_settings(options: argparse.Namespace) -> CallSettings:
@@ -192,7 +214,18 @@ def train(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return run_stages(options, run, stages, write)
 
 
-VERBS = {"generate": generate, "train": train}
+def lora(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Says what was found or done, in lines or as one JSON object."""
+    from cogvideox_diff.lora_command import lines_of, run
+
+    result = run(options)
+    said = {"ok": True, "exit_code": 0, **result}
+    for line in [json.dumps(said, ensure_ascii=False)] if options.json else lines_of(result):
+        sys.stdout.write(line + "\n")
+    return 0
+
+
+VERBS = {"generate": generate, "train": train, "lora": lora}
 
 
 def _main(argv: Sequence[str]) -> int:

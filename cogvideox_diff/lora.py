@@ -178,6 +178,12 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in _lora_layers(model).values() for name in layer.adapters))
 
 
+def adapter_scales(model: nn.Module) -> dict[str, float]:
+    """The strength of every adapter by name."""
+    layers = _lora_layers(model).values()
+    return {name: low_rank.scale for layer in layers for name, low_rank in layer.low_ranks().items()}
+
+
 def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parameter]:
     """The adapters' parameters (of one adapter, or of all): what training changes."""
     return [p for _, low_rank in _low_ranks(model, name) for p in low_rank.parameters()]
@@ -185,11 +191,16 @@ def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parame
 
 def set_scale(model: nn.Module, scale: float, name: str | None = None) -> None:
     """Set the strength of one adapter or of all: 1 as trained, 0 off. A merged model follows."""
-    if not math.isfinite(scale):
-        raise SettingError(f"an adapter's scale must be a finite number, got {scale}")
+    check_scale(scale)
     for _, low_rank in _low_ranks(model, name):
         low_rank.scale = float(scale)
     _refresh(_lora_layers(model).values())
+
+
+def check_scale(scale: float) -> None:
+    """SettingError for what is no strength."""
+    if not math.isfinite(scale):
+        raise SettingError(f"an adapter's scale must be a finite number, got {scale}")
 
 
 def merge(model: nn.Module) -> None:

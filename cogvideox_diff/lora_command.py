@@ -1,4 +1,5 @@
-"""The verb `lora`: look into an adapter's file, merge it into weights, rewrite it in another naming.
+"""The verb `lora`: look into an adapter's file, merge it into weights, rewrite it in another naming. Also the
+check of the adapters that `generate` is given.
 
 Every action returns what it found or did as one JSON-like object; `lines_of` says the same in sentences.
 """
@@ -6,8 +7,10 @@ Every action returns what it found or did as one JSON-like object; `lines_of` sa
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ import torch
 from torch import Tensor
 
 from cogvideox_diff.checkpoints import merge_sat_adapters
-from cogvideox_diff.config import PRESETS
+from cogvideox_diff.config import PRESETS, TransformerConfig
+from cogvideox_diff.lora import check_scale
 from cogvideox_diff.lora_files import (
     TABLES,
     Adapter,
+    LoRAReport,
     Naming,
     file_deltas,
     fit,
@@ -31,6 +36,7 @@ from cogvideox_diff.transformer import ExpertTransformer
 from shared.checkpoints import convert, load_tensors, save_tensors
 from shared.config_cli import pick
 from shared.errors import OutputPathError, SettingError, WeightsError
+from shared.model_folder import without_memory
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SAT_MARK, DIFFUSERS_MARK, OUR_MARK = "model.diffusion_model.", "transformer_blocks.", "blocks."
@@ -59,26 +65,77 @@ def inspect(
         "notes": adapter.notes,
     }
     if preset is not None:
-        report = fit(adapter, _skeleton(preset), path, any_base=any_base)
+        report = fit(adapter, _shapes_of(preset), path, any_base=any_base)
         return said | {"preset": preset, "matched": report.matched, "unmatched": list(report.unmatched)}
     fits = {name: matched for name in PRESETS if (matched := _fitting_layers(adapter, name))}
     return said | {"fits": fits, "unmatched": list(adapter.unmatched)}
 
 
-def _skeleton(preset: str) -> dict[str, Tensor]:
-    """A preset's transformer without any memory for its weights."""
-    config = pick("preset", preset, PRESETS)().transformer
-    with torch.device("meta"):
+def _shapes_of(preset: str) -> dict[str, Tensor]:
+    return _shapes(pick("preset", preset, PRESETS)().transformer)
+
+
+def _shapes(config: TransformerConfig) -> dict[str, Tensor]:
+    """A transformer's weights without any memory for them."""
+    with without_memory():
         return ExpertTransformer(config).state_dict()
 
 
 def _fitting_layers(adapter: Adapter, preset: str) -> int:
     """Matched layers, 0 where the adapter does not fit or goes beyond the model."""
     try:
-        report = fit(adapter, _skeleton(preset), "")
+        report = fit(adapter, _shapes_of(preset), "")
     except WeightsError:
         return 0
     return report.matched if report.matched == len(adapter.pairs) else 0
+
+
+# ---- generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """An adapter that `generate` is to use, checked against the model's shapes."""
+
+    path: Path
+    scale: float
+    report: LoRAReport
+    digest: str
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values for the sidecar; `digest` changes with the adapter's numbers."""
+        told = asdict(self.report) | {"unmatched": list(self.report.unmatched)}
+        return {"path": str(self.path), "digest": self.digest, "scale": self.scale, **told}
+
+
+def choose(paths: Sequence[Path], scales: Sequence[float], config: TransformerConfig) -> list[Chosen]:
+    """Adapters with their strengths: none given is 1, one is for all. WeightsError for an adapter that does
+    not fit a transformer of this configuration, whose weights need not be there yet."""
+    if scales and (not paths or len(scales) not in (1, len(paths))):
+        raise SettingError(
+            f"--lora_scale: got {len(scales)} for {len(paths)} --lora_path; legal: one or each"
+        )
+    for scale in scales:
+        check_scale(scale)
+    given = list(scales) or [1.0]
+    given = given * len(paths) if len(given) == 1 else given
+    weights = _shapes(config) if paths else {}
+    return [_chosen(path, scale, weights) for path, scale in zip(paths, given, strict=True)]
+
+
+def _chosen(path: Path, scale: float, weights: Mapping[str, Tensor]) -> Chosen:
+    adapter = read_adapter(path)
+    return Chosen(path=path, scale=scale, report=fit(adapter, weights, path), digest=_digest(adapter))
+
+
+def _digest(adapter: Adapter) -> str:
+    digest = hashlib.sha256()
+    for name, pair in sorted(adapter.pairs.items()):
+        digest.update(f"{name} {pair.alpha}".encode())
+        for x in (pair.down, pair.up):
+            digest.update(f"{x.dtype} {list(x.shape)}".encode())
+            digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 # ---- convert

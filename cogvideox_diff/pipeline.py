@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cogvideox_diff import lora
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SchedulerName
 from cogvideox_diff.formats import Parts, load_parts, open_folder, write_diffusers, write_ours
 from cogvideox_diff.generation import NOTHING, Batch, Callback, Engine, Given, Item
+from cogvideox_diff.lora_files import LoRAReport
 from cogvideox_diff.planning import DEFAULTS, CallSettings, Plan, check_request, tasks_of
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.config_io import to_plain
@@ -126,7 +128,12 @@ class CogVideoXPipeline:
     ) -> Path:
         """Write a folder that `from_pretrained` reads; "diffusers" also loads in diffusers' pipelines.
 
-        `dtype` is the type on disk (default: as in memory); the present one stays the one to compute in."""
+        `dtype` is the type on disk (default: as in memory); the present one stays the one to compute in.
+        SettingError while there are adapters: `lora.fuse` or `lora.remove` says what becomes of them."""
+        if names := lora.adapter_names(self.parts.transformer):
+            raise SettingError(
+                f"the transformer has adapters ({', '.join(names)}); fuse or remove them first"
+            )
         if format not in ("ours", "diffusers"):
             raise SettingError(f'format must be "ours" or "diffusers", got {format!r}')
         stored = parse_dtype(dtype) if isinstance(dtype, str) else dtype
@@ -140,6 +147,17 @@ class CogVideoXPipeline:
         """The nets, e.g. to put adapters into."""
         return self.engine.parts
 
+    def load_lora(self, path: str | Path, *, scale: float = 1.0, name: str = "default") -> LoRAReport:
+        """Put the adapter in a file or folder (diffusers, PEFT or SAT naming) on the transformer; several, of
+        different names, add up. `scale` 1 is as trained, 0 is off; more in `cogvideox_diff.lora`.
+
+        WeightsError where it fits no layer or was made for another model, SettingError for a name that is
+        taken; the model then stays as it is. A part that fits nothing is a Python warning."""
+        lora.check_scale(scale)
+        report = lora.load_lora(self.parts.transformer, path, name=name)
+        lora.set_scale(self.parts.transformer, scale, name)
+        return report
+
     @property
     def codec(self) -> VAECodec:
         engine = self.engine
@@ -152,6 +170,7 @@ class CogVideoXPipeline:
         size, vae = self.config.geometry, self.config.vae
         native = {name: getattr(size, name) for name in ("num_frames", "height", "width", "fps")}
         call = native | {"negative_prompt": ""} | to_plain(self.config.sampling)
+        scales = lora.adapter_scales(self.parts.transformer)
         return {
             "family": "cogvideox_diff",
             "dtype": str(self.engine.dtype).removeprefix("torch."),
@@ -160,6 +179,7 @@ class CogVideoXPipeline:
             "encode_frames": vae.encode_frames,
             "decode_latents": vae.decode_latents,
             **(call if plan is None else plan.settings()),
+            **({"lora": scales} if scales else {}),
         }
 
     # ---- calls
