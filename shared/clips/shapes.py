@@ -271,7 +271,7 @@ def read(video: Video) -> Reading:
     centre_x, centre_y = _centres(mask, area)
     shape, overlap = _shape(mask[seen], area[seen], centre_x[seen], centre_y[seen])
     travel = _travel(centre_x, centre_y, seen)
-    motion, speed, length = _motion(travel, len(frames))
+    motion, speed, length = _motion(travel, (len(frames) - 1) / video.fps)
     return Reading(
         colour=_nearest_colour(colour, ground), background=background,
         shape=shape, motion=motion, speed=speed,
@@ -337,10 +337,10 @@ def _travel(centre_x: Array, centre_y: Array, seen: NDArray[np.bool_]) -> tuple[
     return float(slope_x) * (len(seen) - 1), float(slope_y) * (len(seen) - 1)
 
 
-def _motion(travel: tuple[float, float], num_frames: int) -> tuple[str, str | None, float]:
-    """Direction, speed word and length of the path; the borders scale with the video's share of 17 frames."""
+def _motion(travel: tuple[float, float], seconds: float) -> tuple[str, str | None, float]:
+    """Direction, speed word and length of the path; the borders are for a whole clip's 2 seconds."""
     length = float(np.hypot(*travel))
-    whole = length * (NUM_FRAMES - 1) / max(num_frames - 1, 1)
+    whole = length * (NUM_FRAMES - 1) / FPS / seconds if seconds else 0.0
     if whole < STILL_BELOW:
         return "still", None, length
     x, y = travel
