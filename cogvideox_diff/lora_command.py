@@ -134,7 +134,7 @@ def _digest(adapter: Adapter) -> str:
         digest.update(f"{name} {pair.alpha}".encode())
         for x in (pair.down, pair.up):
             digest.update(f"{x.dtype} {list(x.shape)}".encode())
-            digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -33,7 +33,6 @@ class T5TextEncoder(nn.Module):
                 num_layers=config.num_layers,
                 num_heads=config.num_heads,
                 feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
                 dropout_rate=0.0,
             )
         )

@@ -17,8 +17,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 def attend(
     q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, *, bias: Tensor | None = None, backend: Backend = "sdpa"
 ) -> Tensor:
-    """Softmax attention [B, N, L, D] with scale 1/sqrt(D); `bias` (broadcastable to [B, N, L, S]) is added to the
-    scores, -inf excludes a key. "math" is the reference for every other backend; "xformers" needs CUDA."""
+    """Softmax attention [B, N, L, D] with scale 1/sqrt(D); `bias` (broadcasts to [B, N, L, S]) is added to
+    the scores, -inf excludes a key. "math" is the reference for the others; "xformers" needs CUDA."""
     match backend:
         case "sdpa":
             return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=bias)
@@ -32,7 +32,8 @@ def attend(
 
 
 def _attend_xformers(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, bias: Tensor | None) -> Tensor:
-    from xformers.ops import memory_efficient_attention  # CUDA only, an optional extra
+    # CUDA only, and an optional extra
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
     if bias is not None:
         bias = bias.to(q_BNLD.dtype).expand(*q_BNLD.shape[:3], k_BNSD.shape[2])

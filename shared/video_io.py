@@ -127,8 +127,8 @@ def _encode(container: Any, stream: Any, video: Video, pixel_format: str) -> Non
     stream.width, stream.height, stream.pix_fmt = video.width, video.height, pixel_format
     for i, pixels in enumerate(_arrays(video)):
         frame = VideoFrame.from_ndarray(pixels, format="rgb24")
-        colours = {"dst_colorspace": "ITU709"} if pixel_format.startswith("yuv") else {}
-        frame = frame.reformat(format=pixel_format, threads=1, **colours)
+        colours = "ITU709" if pixel_format.startswith("yuv") else None
+        frame = frame.reformat(format=pixel_format, dst_colorspace=colours, threads=1)
         frame.pts, frame.time_base = i, 1 / _rate(video)
         container.mux(stream.encode(frame))
     container.mux(stream.encode(None))

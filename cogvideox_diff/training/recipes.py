@@ -149,10 +149,12 @@ class Run:
         settings, phases, config = self.recipe.vae, self.recipe.vae_phases, self.recipe.config.vae
         torch.manual_seed(settings.seed)
         model = CausalVAE(config)
+        bias = model.encoder.conv_out.conv.bias
+        assert bias is not None
         with (
             torch.no_grad()
-        ):  # start nearly without noise: at variance 1 nothing passes the bottleneck for long
-            model.encoder.conv_out.conv.bias[config.latent_channels :] = -6
+        ):  # nearly no noise at first: at variance 1 nothing passes the bottleneck for long
+            bias[config.latent_channels :] = -6
 
         def objective(step: int) -> tuple[Tensor, Logs]:
             phase = next(p for p in reversed(phases) if step >= p.begin * settings.steps)

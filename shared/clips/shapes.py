@@ -52,7 +52,7 @@ MIN_OVERLAP = 0.7
 MIN_PRESENCE = 0.8
 
 Split = Literal["train", "heldout", "all"]
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,7 @@ def draw_scene(rng: np.random.Generator, split: Split = "train", caption: Captio
         start=(start[0], start[1]),
         travel=float(travel),
         object_rgb=(float(colour[0]), float(colour[1]), float(colour[2])),
-        background_rgb=(float(grey),) * 3,
+        background_rgb=(float(grey), float(grey), float(grey)),
     )
 
 

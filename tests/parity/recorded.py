@@ -14,7 +14,7 @@ CASES = Path(os.environ.get("PARITY_CASES") or Path(__file__).parent / "cases")
 
 
 def case_folder(name: str) -> Path:
-    """The folder of one component ("icetk", "cogview2_sr", "cogvideo_ar", "cogvideox"); missing is a failure."""
+    """The folder of a component: icetk, cogview2_sr, cogvideo_ar or cogvideox. Missing is a failure."""
     folder = CASES / name
     assert folder.is_dir(), f"recorded cases are missing: {folder}"
     return folder
