@@ -88,7 +88,7 @@ def demo() -> Recipe:
         vqvae=TrainConfig(steps=1600, lr=2e-3, optimizer="muon", muon_lr=4e-3, warmup_steps=50, log_every=10),
         base=replace(transformer, steps=1200),
         keyframes=replace(transformer, steps=2000),
-        interpolation=replace(transformer, steps=1000),
+        interpolation=replace(transformer, steps=700),
     )
 
 

@@ -84,7 +84,8 @@ def demo() -> Recipe:
             Phase(begin=0.67, num_frames=17, batch=3),
         ),
         transformer=TrainConfig(
-            steps=6000,
+            steps=8000,
+            decay_fraction=0.75,
             lr=1.5e-3,
             optimizer="muon",
             muon_lr=3e-3,
