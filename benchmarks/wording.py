@@ -62,7 +62,8 @@ def rate(stage: Value) -> str:
     if not speed:
         return "–"
     figures = f"{speed:,.0f}" if speed >= 100 else f"{speed:.2g}"
-    return f"{figures} {stage['unit'] or 'unit'}s/s"
+    unit = (stage["unit"] or "unit").removesuffix("s")
+    return f"{figures} {unit}s/s"
 
 
 def peak(stages: Mapping[str, Value]) -> str:
