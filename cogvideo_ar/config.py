@@ -354,8 +354,8 @@ def cogvideo_demo() -> CogVideoConfig:
         commitment_cost=0.25,
     )
     sampling = SamplingConfig(
-        first_frame=CogLMConfig(temperature=0.9, top_k=16, temperature2=1.0),
-        default=CogLMConfig(temperature=0.7, top_k=8, temperature2=1.0),
+        first_frame=CogLMConfig(temperature=1.0, top_k=32, temperature2=1.0),
+        default=CogLMConfig(temperature=0.9, top_k=32, temperature2=1.0),
         guidance_alpha=1.0,
         log_text_attention_weights=0.0,
         keyframe_duration=2.0,
