@@ -408,6 +408,7 @@ def save_tensors(
     """Write a .safetensors file atomically: after a crash there is the old file or the new one, no half."""
     with atomic_path(path) as temporary:
         save_file(_unshared(tensors), temporary, dict(metadata or {}))
+        temporary.chmod(0o644)  # safetensors writes files that only their owner may read
     return Path(path)
 
 
