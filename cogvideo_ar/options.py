@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from cogvideo_ar.config import CogVideoConfig, SamplingConfig
+from cogvideo_ar.config import CogLMConfig, CogVideoConfig, SamplingConfig
 from shared.errors import SettingError
 
 Number = TypeVar("Number", int, float)
@@ -24,7 +24,8 @@ class Options:
     `duration` is the time in seconds that the key frames span, the frame-rate token of their prompt. Every
     one of the `rounds` of interpolation puts a frame between any two, so `num_frames` says the same. `fps`
     is how fast the frames are to be shown; by default as fast as the duration says. `temperature`, `top_k`
-    and `coglm_temperature2` are for all but the first frame (as upstream).
+    and `coglm_temperature2` are for all but the first frame and super-resolution (as upstream). A model with
+    super-resolution makes large frames; the size of its small ones leaves that stage out.
     """
 
     num_frames: int | None = None
@@ -57,6 +58,7 @@ class Plan:
     width: int
     fps: float
     sampling: SamplingConfig
+    fine_draw: CogLMConfig | None  # how super-resolution draws; None: the frames stay small
 
 
 def resolve(config: CogVideoConfig, options: Options) -> Plan:
@@ -68,7 +70,7 @@ def resolve(config: CogVideoConfig, options: Options) -> Plan:
     durations = round_durations(config.sampling, duration)
     rounds = _rounds(config, options, durations)
     num_frames = frame_count(config, rounds)
-    height, width = _size(config, options)
+    height, width, fine_draw = _size(config, options)
     if options.fps is not None and options.fps <= 0:
         raise SettingError(f"fps must be positive, got {options.fps}")
     return Plan(
@@ -77,6 +79,7 @@ def resolve(config: CogVideoConfig, options: Options) -> Plan:
         width=width,
         fps=(num_frames - 1) / duration if options.fps is None else float(options.fps),
         sampling=_sampling(config.sampling, options, duration, durations[:rounds]),
+        fine_draw=fine_draw,
     )
 
 
@@ -120,12 +123,23 @@ def _rounds(config: CogVideoConfig, options: Options, durations: tuple[float, ..
     return by_count
 
 
-def _size(config: CogVideoConfig, options: Options) -> tuple[int, int]:
-    rows, columns = config.keyframes.grid
-    height, width = rows * PIXELS_PER_TOKEN, columns * PIXELS_PER_TOKEN
-    _one_of("height", height if options.height is None else options.height, [height])
-    _one_of("width", width if options.width is None else options.width, [width])
-    return height, width
+def _size(config: CogVideoConfig, options: Options) -> tuple[int, int, CogLMConfig | None]:
+    """(height, width, how the fine tokens are drawn): the largest frames of the wanted size."""
+    sizes = [(*_pixels(config.keyframes.grid), None)]
+    if config.super_resolution is not None:
+        fine = config.super_resolution
+        sizes.append((*_pixels(fine.fine_grid), fine.draw))
+    if options.height is not None:
+        height = _one_of("height", options.height, [size[0] for size in sizes])
+        sizes = [size for size in sizes if size[0] == height]
+    if options.width is not None:
+        width = _one_of("width", options.width, [size[1] for size in sizes])
+        sizes = [size for size in sizes if size[1] == width]
+    return sizes[-1]
+
+
+def _pixels(grid: tuple[int, int]) -> tuple[int, int]:
+    return grid[0] * PIXELS_PER_TOKEN, grid[1] * PIXELS_PER_TOKEN
 
 
 def _sampling(

@@ -5,6 +5,7 @@
 | `config.json` | family, format, dtype to run in, `CogVideoConfig` |
 | `keyframes.safetensors` | the transformer of stage 1 |
 | `interpolation.safetensors` | what the transformer of stage 2 does not share with stage 1 |
+| `super_resolution.safetensors` | where the config has such a stage: its transformer |
 | `vqvae.safetensors`, `ice_text.model` | image codec, text model |
 | `cluster_labels.safetensors` | optional: `labels`, the cluster of every image token |
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo_ar.config import CogVideoConfig, TransformerConfig
+from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import load_into, load_tensors, save_tensors
@@ -46,10 +48,12 @@ class Parts:
     tokenizer: IceTokenizer
     text_model: bytes
     cluster_labels: Tensor | None = None  # int64 [V]: the cluster of every image token
+    super_resolution: SuperResolutionTransformer | None = None  # as the config has it or not
 
     def __post_init__(self) -> None:
-        if self.config.super_resolution is not None:
-            raise WeightsError("the model asks for super-resolution, which this version cannot do")
+        if (self.config.super_resolution is None) != (self.super_resolution is None):
+            raise WeightsError("super-resolution must be in both the config and the weights, or in neither")
+        check_super_resolution(self.config)
         check_vocabulary(self.tokenizer, self.config.keyframes)
 
     @property
@@ -85,19 +89,29 @@ def load_parts(folder: Path, dtype: torch.dtype, device: torch.device) -> Parts:
     text_model = needed(folder / "ice_text.model")
     tokenizer = load_tokenizer(text_model, config.keyframes.num_image_tokens)
     base = _read(folder / "keyframes.safetensors", dtype, device)
-    keyframes = _build(CogVideoTransformer, config.keyframes, base)
+    keyframes = build(CogVideoTransformer, config.keyframes, base)
     inherited = {name: base[name] for name, _ in keyframes.base_parameters()}
     own = _read(folder / "interpolation.safetensors", dtype, device)
     labels = folder / "cluster_labels.safetensors"
     return Parts(
         config=config,
         keyframes=keyframes,
-        interpolation=_build(CogVideoTransformer, config.interpolation, inherited | own),
-        vqvae=_build(VQVAE, config.vqvae, _read(folder / "vqvae.safetensors", torch.float32, device)),
+        interpolation=build(CogVideoTransformer, config.interpolation, inherited | own),
+        vqvae=build(VQVAE, config.vqvae, _read(folder / "vqvae.safetensors", torch.float32, device)),
         tokenizer=tokenizer,
         text_model=text_model.read_bytes(),
         cluster_labels=load_tensors(labels)["labels"] if labels.is_file() else None,
+        super_resolution=_load_super_resolution(folder, config, dtype, device),
     )
+
+
+def _load_super_resolution(
+    folder: Path, config: CogVideoConfig, dtype: torch.dtype, device: torch.device
+) -> SuperResolutionTransformer | None:
+    if config.super_resolution is None:
+        return None
+    tensors = _read(folder / "super_resolution.safetensors", dtype, device)
+    return build(SuperResolutionTransformer, config.super_resolution, tensors)
 
 
 def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> Path:
@@ -110,6 +124,8 @@ def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> 
         if name not in shared_names or not torch.equal(x, base[name])
     }
     files = {"keyframes": base, "interpolation": own, "vqvae": parts.vqvae.state_dict()}
+    if parts.super_resolution is not None:
+        files["super_resolution"] = parts.super_resolution.state_dict()
     for name, tensors in files.items():
         save_tensors(_stored(tensors, dtype), folder / f"{name}.safetensors")
     if parts.cluster_labels is not None:
@@ -140,12 +156,28 @@ def check_vocabulary(tokenizer: IceTokenizer, config: TransformerConfig) -> None
         )
 
 
+def check_super_resolution(config: CogVideoConfig) -> None:
+    """WeightsError unless the stage can follow the others: one pass, from their grid, with their tokens."""
+    fine, frames = config.super_resolution, config.keyframes
+    if fine is None:
+        return
+    if fine.kind != "direct":
+        raise WeightsError(f"the pipeline's super-resolution must be 'direct', got {fine.kind!r}")
+    for name, got, wanted in (
+        ("coarse_grid", fine.coarse_grid, frames.grid),
+        ("num_image_tokens", fine.num_image_tokens, frames.num_image_tokens),
+        ("start_of_image", fine.start_of_image, frames.start_of_image),
+    ):
+        if got != wanted:
+            raise WeightsError(f"super-resolution has the {name} {got}, the key frames {wanted}")
+
+
 def _read(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     tensors = load_tensors(needed(path), device=str(device))
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
 
 
-def _build(kind: Callable[[Any], nn.Module], config: Any, tensors: dict[str, Tensor]) -> Any:
+def build(kind: Callable[[Any], nn.Module], config: Any, tensors: dict[str, Tensor]) -> Any:
     """A net that holds `tensors` themselves, so that two nets may share some."""
     with without_memory():
         model = kind(config)

@@ -1,4 +1,5 @@
-"""CogVideoPipeline: prompts to videos, through first frame, key frames, interpolation and the image codec.
+"""CogVideoPipeline: prompts to videos, through first frame, key frames, interpolation, super-resolution where
+the model has it, and the image codec.
 
 Legend: B samples, M frames of a video, S tokens of a frame, h/w token rows/columns.
 """
@@ -21,6 +22,7 @@ from cogvideo_ar.keyframes import generate_first_frames, generate_keyframes
 from cogvideo_ar.layout import prompt_tokens
 from cogvideo_ar.options import PIXELS_PER_TOKEN, Options, Plan, resolve
 from cogvideo_ar.parts import DEMO, FAMILY, Parts, dtype_name, load_parts, run_dtype, save_parts
+from cogvideo_ar.super_resolution.direct import build_direct_sampler, check_texts, enlarge_videos
 from cogvideo_ar.vqvae import VQVAE
 from shared.config_io import to_plain
 from shared.errors import OutputCheckError, SettingError
@@ -173,8 +175,13 @@ class CogVideoPipeline:
         timer, parts = StageTimer(self.device), self.parts
         with timer.stage("text", unit="tokens") as stage:
             counts = check_prompts(prompts, parts.tokenizer, parts.config.keyframes, plan.sampling)
+            if plan.fine_draw is not None:
+                self._check_fine_texts(prompts, plan)
             stage.units = sum(counts)
-        codes_BMhw = self._tokens(prompts, seeds, plan, timer)
+        count = self._counter(len(prompts), plan)
+        codes_BMhw = self._tokens(prompts, seeds, plan, timer, count)
+        if plan.fine_draw is not None:
+            codes_BMhw = self._enlarged(prompts, seeds, plan, timer, count, codes_BMhw)
         with timer.stage("decode", unit="frames", units=plan.num_frames * len(prompts)):
             videos = [self.codec.decode(codes, plan.fps) for codes in codes_BMhw]
         shares = {name: _share(stats, len(prompts)) for name, stats in timer.stages.items()}
@@ -184,10 +191,17 @@ class CogVideoPipeline:
             for video, count in zip(videos, counts, strict=True)
         ]
 
-    def _tokens(self, prompts: list[str], seeds: list[int], plan: Plan, timer: StageTimer) -> Tensor:
+    def _tokens(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        plan: Plan,
+        timer: StageTimer,
+        count: Callable[[float], None],
+    ) -> Tensor:
         """Codes of all frames int64 [B, M, h, w]."""
         parts, config = self.parts, plan.sampling
-        samplers = _watched(build_samplers(config, parts.cluster_labels), self._counter(len(prompts), plan))
+        samplers = _watched(build_samplers(config, parts.cluster_labels), count)
         size, frame_len = len(prompts), parts.config.keyframes.frame_len
         num_keys = parts.config.keyframes.num_frames
 
@@ -218,15 +232,47 @@ class CogVideoPipeline:
                 frames_BMS = _located(parts.interpolation, between)
         return frames_BMS.unflatten(2, parts.config.keyframes.grid)
 
-    def _counter(self, size: int, plan: Plan) -> Callable[[int], None]:
-        """Reports the share of tokens that are drawn."""
-        total, drawn = size * plan.num_frames * self.parts.config.keyframes.frame_len, 0
+    def _enlarged(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        plan: Plan,
+        timer: StageTimer,
+        count: Callable[[float], None],
+        codes_BMhw: Tensor,
+    ) -> Tensor:
+        """Codes of the fine grid int64 [B, M, h, w]."""
+        parts, model = self.parts, self.parts.super_resolution
+        assert model is not None
+        share = model.config.coarse_len / model.config.fine_len  # a large frame counts as much as a small one
+        sampler = _Watched(
+            build_direct_sampler(model.config, parts.cluster_labels), lambda tokens: count(tokens * share)
+        )
 
-        def count(tokens: int) -> None:
+        def enlarge() -> Tensor:
+            streams = [generator(seed, 0, "super_resolution") for seed in seeds]
+            arguments = (parts.tokenizer, prompts, plan.sampling, sampler, streams)
+            return enlarge_videos(model, *arguments, codes_BMhw.flatten(2))
+
+        units = len(prompts) * plan.num_frames * model.config.fine_len
+        with timer.stage("model/super_resolution", unit="tokens", units=units):
+            return _located(model, enlarge).unflatten(2, model.config.fine_grid)
+
+    def _check_fine_texts(self, prompts: list[str], plan: Plan) -> None:
+        model, template = self.parts.super_resolution, plan.sampling.prompts.super_resolution
+        assert model is not None
+        check_texts(model.config, [prompt_tokens(template, self.parts.tokenizer, prompt=p) for p in prompts])
+
+    def _counter(self, size: int, plan: Plan) -> Callable[[float], None]:
+        """Reports the share of tokens that are drawn."""
+        passes = 1 if plan.fine_draw is None else 2
+        total, drawn = size * plan.num_frames * self.parts.config.keyframes.frame_len * passes, 0.0
+
+        def count(tokens: float) -> None:
             nonlocal drawn
             drawn += tokens
             if self.on_progress is not None:
-                self.on_progress(min(drawn / total, 1.0))
+                self.on_progress(min(round(drawn / total, 6), 1.0))
 
         return count
 
@@ -234,7 +280,7 @@ class CogVideoPipeline:
 class _Watched:
     """A sampler that refuses logits which are not finite, and counts."""
 
-    def __init__(self, sampler: TokenSampler, count: Callable[[int], None]) -> None:
+    def __init__(self, sampler: TokenSampler, count: Callable[[float], None]) -> None:
         self.sampler, self.count = sampler, count
 
     def sample(self, logits_BV: Tensor, randomness: Tensor) -> Tensor:
@@ -242,7 +288,7 @@ class _Watched:
         return self.sampler.sample(check_finite("image logits", logits_BV), randomness)
 
 
-def _watched(samplers: StageSamplers, count: Callable[[int], None]) -> StageSamplers:
+def _watched(samplers: StageSamplers, count: Callable[[float], None]) -> StageSamplers:
     return StageSamplers(
         first_frame=_Watched(samplers.first_frame, count), default=_Watched(samplers.default, count)
     )
@@ -308,6 +354,7 @@ def effective_settings(
         "fps": plan.fps,
         "sampling": to_plain(plan.sampling),
         "token_clusters": clusters,
+        "super_resolution": to_plain(plan.fine_draw),
         "dtype": dtype_name(dtype),
         "device": str(device),
     }
