@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.config_cli import FlagParser, override_all
 from shared.errors import SettingError
-from shared.generation_cli import Order, add_generation_flags, run_generation, run_verbs
+from shared.generation_cli import Order, add_generation_flags, add_output_flags, run_generation, run_verbs
 from shared.training_cli import add_training_flags, chosen_recipe, chosen_stages, run_stages
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def build_parser() -> FlagParser:
     for name, words, add in (
         ("generate", "make videos of prompts", _add_generate),
         ("train", "train a preset's model", add_training_flags),
+        ("convert", "write a model folder of the released weights", _add_convert),
     ):
         verb = verbs.add_parser(name, help=words, description=words)
         add(verb)
@@ -44,28 +47,43 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
                         help="of the key frames; 1 is no guidance")  # fmt: skip
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_path", required=True, help="a folder with the released parts")
+    parser.add_argument("--output_path", type=Path, required=True, help="the model folder to write")
+    parser.add_argument(
+        "--stage1_path", type=Path, help="stage 1's checkpoint, where its folder does not say"
+    )
+    parser.add_argument("--stage2_path", type=Path, help="stage 2's checkpoint, likewise")
+    parser.add_argument(
+        "--dtype", help="of the stored weights: float32, bfloat16 or float16 (default: as is)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    add_output_flags(parser)
+
+
 def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """Everything is checked before the weights are read."""
+    from cogvideo_ar.formats import open_folder
     from cogvideo_ar.options import resolve
-    from cogvideo_ar.parts import DEMO, FAMILY, read_config, run_dtype
     from cogvideo_ar.pipeline import CogVideoPipeline, effective_settings
-    from shared.model_folder import find_model, weights_mark
-    from shared.runtime import parse_device
+    from shared.model_folder import weights_mark
+    from shared.runtime import parse_device, parse_dtype
 
-    folder = find_model(options.model_path, demo=DEMO, family=FAMILY)
-    config = read_config(folder)
+    folder = open_folder(options.model_path)
+    config = folder.config
     sampling, wishes = override_all(config.sampling, options.set), _wishes(options)
-    dtype, device = run_dtype(folder, options.dtype), parse_device(options.device)
+    dtype = folder.dtype if options.dtype is None else parse_dtype(options.dtype)
+    device = parse_device(options.device)
     settings = effective_settings(
         resolve(replace(config, sampling=sampling), wishes),
-        weights=weights_mark(folder),
+        weights=weights_mark(folder.path),
         dtype=dtype,
         device=device,
-        clusters=(folder / "cluster_labels.safetensors").is_file(),
+        clusters=folder.has_clusters,
     )
 
     def load() -> CogVideoPipeline:
-        pipeline = CogVideoPipeline.from_pretrained(folder, dtype=dtype, device=device)
+        pipeline = CogVideoPipeline.from_pretrained(folder.path, dtype=dtype, device=device)
         return pipeline.configured(wishes, sampling)
 
     return run_generation(Order(command=(PROG, *argv), settings=settings, load=load), options)
@@ -94,7 +112,25 @@ def train(options: argparse.Namespace, argv: Sequence[str]) -> int:
     return run_stages(options, run, stages, lambda folder: export(run, folder))
 
 
-VERBS = {"generate": generate, "train": train}
+def convert(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Write a model folder and say where."""
+    from cogvideo_ar.formats import convert_folder
+    from shared.runtime import parse_dtype
+
+    path = convert_folder(
+        options.model_path,
+        options.output_path,
+        stage1_path=options.stage1_path,
+        stage2_path=options.stage2_path,
+        dtype=None if options.dtype is None else parse_dtype(options.dtype),
+        overwrite=options.overwrite,
+    )
+    said = {"ok": True, "exit_code": 0, "path": str(path)}
+    sys.stdout.write((json.dumps(said) if options.json else str(path)) + "\n")
+    return 0
+
+
+VERBS = {"generate": generate, "train": train, "convert": convert}
 
 
 def _main(argv: Sequence[str]) -> int:

@@ -76,11 +76,9 @@ def read_config(folder: Path) -> CogVideoConfig:
         raise WeightsError(f"{folder / 'config.json'}: {error}") from error
 
 
-def run_dtype(folder: Path, wanted: str | torch.dtype | None) -> torch.dtype:
-    """The dtype asked for, or the one that the folder names; float32 where it names none."""
-    if isinstance(wanted, torch.dtype):
-        return wanted
-    return parse_dtype(wanted or read_model_header(folder, FAMILY).get("dtype", "float32"))
+def own_dtype(folder: Path) -> torch.dtype:
+    """The dtype that the folder names; float32 where it names none."""
+    return parse_dtype(read_model_header(folder, FAMILY).get("dtype", "float32"))
 
 
 def load_parts(folder: Path, dtype: torch.dtype, device: torch.device) -> Parts:

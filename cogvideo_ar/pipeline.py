@@ -16,19 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo_ar.config import SamplingConfig, TransformerConfig
+from cogvideo_ar.formats import open_folder
 from cogvideo_ar.generation import StageSamplers, TokenSampler, build_samplers
 from cogvideo_ar.interpolation import interpolate
 from cogvideo_ar.keyframes import generate_first_frames, generate_keyframes
 from cogvideo_ar.layout import prompt_tokens
 from cogvideo_ar.options import PIXELS_PER_TOKEN, Options, Plan, resolve
-from cogvideo_ar.parts import DEMO, FAMILY, Parts, dtype_name, load_parts, run_dtype, save_parts
+from cogvideo_ar.parts import FAMILY, Parts, dtype_name, save_parts
 from cogvideo_ar.super_resolution.direct import build_direct_sampler, check_texts, enlarge_videos
 from cogvideo_ar.vqvae import VQVAE
 from shared.config_io import to_plain
 from shared.errors import OutputCheckError, SettingError
-from shared.model_folder import find_model, weights_mark
+from shared.model_folder import weights_mark
 from shared.protocol import GenerationRequest, GenerationResult, StageStats
-from shared.runtime import StageTimer, check_finite, finite_outputs, generator, parse_device
+from shared.runtime import StageTimer, check_finite, finite_outputs, generator, parse_device, parse_dtype
 from shared.tokenizers.icetk import IceTokenizer
 from shared.video import Video
 
@@ -87,14 +88,16 @@ class CogVideoPipeline:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> CogVideoPipeline:
-        """`source` is "demo" or a model folder; None is the folder's dtype, and the first GPU or the CPU.
+        """`source` is "demo", a model folder, or one with the released parts (`cogvideo_ar.sat_layout`); None
+        is the folder's dtype, and the first GPU or the CPU.
 
         Raises WeightsError where a file is missing, damaged or of another model, SettingError for a dtype or
         device that is unknown or not there.
         """
-        folder = find_model(source, demo=DEMO, family=FAMILY)
-        parts = load_parts(folder, run_dtype(folder, dtype), parse_device(str(device or "auto")))
-        return cls(parts, weights=weights_mark(folder))
+        folder = open_folder(source)
+        chosen = parse_dtype(dtype) if isinstance(dtype, str) else dtype or folder.dtype
+        parts = folder.load(chosen, parse_device(str(device or "auto")))
+        return cls(parts, weights=weights_mark(folder.path))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write a model folder that `from_pretrained` reads; `dtype` is that of the stored weights (default:

@@ -54,7 +54,7 @@ def test_a_shorter_video_is_made_of_the_longer_one_s_frames(pipeline: CogVideoPi
 
 
 def same_pictures(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal to one level: the codec decodes batches of another size, which rounds some last bits otherwise."""
+    """Equal to one level: the codec decodes batches of another size, so last bits round otherwise."""
     return a.shape == b.shape and int((a.int() - b.int()).abs().max()) <= 1
 
 

@@ -1,0 +1,91 @@
+"""Model folders that can be read, told apart by their content: our own, and one with the released parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from cogvideo_ar.config import CogVideoConfig
+from cogvideo_ar.parts import DEMO, FAMILY, Parts, load_parts, own_dtype, read_config, save_parts
+from cogvideo_ar.sat_layout import SatFolder, is_sat
+from shared.errors import OutputPathError, WeightsError
+from shared.model_folder import find_model
+
+
+class ModelFolder(Protocol):
+    """What is known of a folder before its weights are read, and how to read them."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> CogVideoConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """To run in, unless another is asked for."""
+        ...
+
+    @property
+    def has_clusters(self) -> bool: ...
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Parts: ...
+
+
+@dataclass(frozen=True)
+class OwnFolder:
+    """A folder that `save_parts` wrote."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> CogVideoConfig:
+        return read_config(self.path)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return own_dtype(self.path)
+
+    @property
+    def has_clusters(self) -> bool:
+        return (self.path / "cluster_labels.safetensors").is_file()
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Parts:
+        return load_parts(self.path, dtype, device)
+
+
+def open_folder(source: str | Path) -> ModelFolder:
+    """The folder that `source` ("demo" or a path) stands for. WeightsError says what is missing."""
+    if str(source) != "demo" and is_sat(Path(source)):
+        return SatFolder(Path(source))
+    return OwnFolder(find_model(source, demo=DEMO, family=FAMILY))
+
+
+def convert_folder(
+    source: str | Path,
+    target: str | Path,
+    *,
+    stage1_path: Path | None = None,
+    stage2_path: Path | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the released parts in `source` as a folder of our own; `dtype` is that of the stored weights
+    (default: as the transformers are, float32 for the codec). The paths name the checkpoints of the stages
+    where `source` does not tell them apart.
+
+    Raises WeightsError for parts that are missing or do not fit, OutputPathError where a model is there.
+    """
+    source, target = Path(source), Path(target)
+    if (target / "config.json").exists() and not overwrite:
+        raise OutputPathError(f"{target} already holds a model; choose another folder or allow --overwrite")
+    if not source.is_dir():
+        raise WeightsError(f"there is no folder {source}")
+    if (source / "config.json").is_file():
+        raise WeightsError(f"{source} has a config.json: there is nothing to convert")
+    folder = SatFolder(source, stage1_path, stage2_path)
+    return save_parts(folder.load(folder.dtype, torch.device("cpu")), target, dtype)

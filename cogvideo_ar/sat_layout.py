@@ -1,0 +1,332 @@
+"""Folders with the released parts of CogVideo, and how they are told apart.
+
+| part | found as | told by |
+|---|---|---|
+| stages 1 and 2 | `*/latest` or `*/*/latest` | mixing vectors among its tensors |
+| direct super-resolution, optional | the same | a second set of projections, no mixing vectors |
+| image codec, text model | `ice_image.pt`, `ice_text.model` | the file name, here or one folder below |
+| clusters of image tokens, optional | `cluster_label2.npy` | the same |
+
+The two stages have the same names and shapes, so their weights cannot say which is which. What is looked at,
+in this order: paths that the caller names; `cogvideo_stage` in `model_config.json`, where it differs between
+the two; the released folder names. Else it is an error. Sizes are those of the tensors; what they do not show
+comes from `model_config.json` (heads, frame layout, window of stage 2) or else is as released.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogvideo_ar.checkpoints import ICETK_VQVAE, SAT_DSR, SAT_STAGE
+from cogvideo_ar.config import (
+    CogVideoConfig,
+    SuperResolutionConfig,
+    TransformerConfig,
+    VQVAEConfig,
+    cogvideo,
+    cogview2_dsr,
+)
+from cogvideo_ar.parts import Parts, build, load_tokenizer
+from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
+from cogvideo_ar.transformer import CogVideoTransformer
+from cogvideo_ar.vqvae import VQVAE
+from shared.checkpoints import convert, load_tensors
+from shared.errors import SettingError, WeightsError
+
+Tensors = Mapping[str, Tensor]
+STAGE_NAMES = ("cogvideo-stage1", "cogvideo-stage2")  # of the released folders
+CODEC, TEXT_MODEL, CLUSTERS = "ice_image.pt", "ice_text.model", "cluster_label2.npy"
+SOURCES = {  # of files that are often missing
+    CODEC: "the image codec; the package icetk downloads it into ~/.icetk_models",
+    TEXT_MODEL: "the text model; the package icetk downloads it into ~/.icetk_models",
+}
+RELEASED_HEAD_DIM = 64
+_MIXING, _SECOND, _EXTRA = (
+    "mixins.attention_plus.attn_distribution.0",
+    "mixins.attention_plus.dense.0.weight",
+    "mixins.extra_position_embedding.position_embeddings.weight",
+)
+
+
+def is_sat(folder: Path) -> bool:
+    """Whether checkpoints as SAT writes them lie in `folder`; one of our own has a config.json instead."""
+    return not (folder / "config.json").is_file() and bool(_checkpoints(folder))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(file.parent for pattern in ("*/latest", "*/*/latest") for file in folder.glob(pattern))
+
+
+@dataclass(frozen=True)
+class SatFolder:
+    """The released parts in `path`. Torch files are mapped, not read, until their numbers are used.
+
+    `stage1_path` and `stage2_path` name the checkpoints of the two stages where nothing else tells them
+    apart. WeightsError says what is missing, doubtful or does not fit.
+    """
+
+    path: Path
+    stage1_path: Path | None = None
+    stage2_path: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.stage1_path is None) != (self.stage2_path is None):
+            raise SettingError("stage1_path and stage2_path are given together or not at all")
+
+    @cached_property
+    def config(self) -> CogVideoConfig:
+        """The whole model's settings; sampling is the release's."""
+        try:
+            return self._config()
+        except WeightsError:
+            raise
+        except (ValueError, TypeError, LookupError) as error:
+            raise WeightsError(f"the parts in {self.path} do not make a CogVideo: {error}") from error
+
+    def _config(self) -> CogVideoConfig:
+        released, vqvae = cogvideo(), codec_config(load_tensors(self.file(CODEC)))
+        tokenizer = load_tokenizer(self.file(TEXT_MODEL), vqvae.codebook_size)
+        ids = {"num_image_tokens": vqvae.codebook_size, "start_of_image": tokenizer.id_of("<start_of_image>")}
+        keyframes, interpolation = (
+            stage_config(load_tensors(folder), _facts(folder), ids | {"pad_token": tokenizer["<pad>"]})
+            for folder in self.stages
+        )
+        window = _facts(self.stages[1]).get("window_size", 0)
+        window = window if window > 0 else released.interpolation.window
+        return CogVideoConfig(
+            keyframes=keyframes,
+            interpolation=replace(interpolation, temporal="window", window=window),
+            vqvae=vqvae,
+            super_resolution=self._fine and fine_config(load_tensors(self._fine), _facts(self._fine), ids),
+            sampling=released.sampling,
+        )
+
+    @cached_property
+    def stages(self) -> tuple[Path, Path]:
+        """The checkpoints of stage 1 and stage 2."""
+        if self.stage1_path is not None and self.stage2_path is not None:
+            return self.stage1_path, self.stage2_path
+        found = self._kinds.get("stage", [])
+        if len(found) < 2:
+            raise WeightsError(
+                f"{self.path} has {len(found)} checkpoints of CogVideo's stages, needed are two"
+            )
+        said = [_facts(folder).get("cogvideo_stage") for folder in found]
+        by_name = [folder.name for folder in found]
+        for known, names in ((said, (1, 2)), (by_name, STAGE_NAMES)):
+            if all(known.count(name) == 1 for name in names):
+                first, second = (found[known.index(name)] for name in names)
+                return first, second
+        listed = ", ".join(str(folder.relative_to(self.path)) for folder in found)
+        raise WeightsError(
+            f"which is stage 1? {listed} in {self.path} look alike, and no model_config.json says; "
+            f"name the folders {' and '.join(STAGE_NAMES)}, or convert with --stage1_path and --stage2_path"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the stored transformers."""
+        return load_tensors(self.stages[0])["transformer.word_embeddings.weight"].dtype
+
+    @property
+    def has_clusters(self) -> bool:
+        return self._find(CLUSTERS) is not None
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Parts:
+        """The model: transformers in `dtype`, the codec in float32. What the stages share is kept once."""
+        config = self.config  # before anything large is read
+        base, own = (convert(load_tensors(folder), SAT_STAGE) for folder in self.stages)
+        keyframes = build(CogVideoTransformer, config.keyframes, _moved(base, dtype, device))
+        inherited = {
+            name: x.detach()
+            for name, x in keyframes.base_parameters()
+            if name in own and torch.equal(base[name], own[name])
+        }
+        own = _moved({name: x for name, x in own.items() if name not in inherited}, dtype, device)
+        codec = convert(load_tensors(self.file(CODEC)), ICETK_VQVAE)
+        text_model = self.file(TEXT_MODEL)
+        if not self.has_clusters:
+            warnings.warn(
+                f"{self.path} has no {CLUSTERS}: top_k counts single tokens, not clusters", stacklevel=2
+            )
+        return Parts(
+            config=config,
+            keyframes=keyframes,
+            interpolation=build(CogVideoTransformer, config.interpolation, inherited | own),
+            vqvae=build(VQVAE, config.vqvae, _moved(codec, torch.float32, device)),
+            tokenizer=load_tokenizer(text_model, config.keyframes.num_image_tokens),
+            text_model=text_model.read_bytes(),
+            cluster_labels=self._clusters(config.keyframes.num_image_tokens),
+            super_resolution=self._load_fine(config.super_resolution, dtype, device),
+        )
+
+    def file(self, name: str) -> Path:
+        """A file of the folder or of one just below; WeightsError says what it is and where it comes from."""
+        found = self._find(name)
+        if found is None:
+            raise WeightsError(f"{self.path} lacks {name} ({SOURCES[name]})")
+        return found
+
+    def _find(self, name: str) -> Path | None:
+        return next(
+            (p for p in (self.path / name, *sorted(self.path.glob(f"*/{name}"))) if p.is_file()), None
+        )
+
+    @cached_property
+    def _kinds(self) -> dict[str, list[Path]]:
+        kinds: dict[str, list[Path]] = {}
+        for folder in _checkpoints(self.path):
+            kinds.setdefault(checkpoint_kind(load_tensors(folder)), []).append(folder)
+        return kinds
+
+    def _clusters(self, size: int) -> Tensor | None:
+        path = self._find(CLUSTERS)
+        if path is None:
+            return None
+        try:
+            labels = torch.from_numpy(np.load(path, allow_pickle=False)).long()
+        except (OSError, ValueError, TypeError) as error:
+            raise WeightsError(f"{path} is not an array of integers: {error}") from error
+        if labels.shape != (size,):
+            raise WeightsError(
+                f"{path} has the shape {list(labels.shape)}, needed is one label for {size} tokens"
+            )
+        return labels
+
+    @cached_property
+    def _fine(self) -> Path | None:
+        found = self._kinds.get("direct", [])
+        if len(found) > 1:
+            raise WeightsError(f"{self.path} has several super-resolution checkpoints: {found}; leave one")
+        return found[0] if found else None
+
+    def _load_fine(
+        self, config: SuperResolutionConfig | None, dtype: torch.dtype, device: torch.device
+    ) -> SuperResolutionTransformer | None:
+        if self._fine is None or config is None:
+            return None
+        tensors = convert(load_tensors(self._fine), SAT_DSR)
+        return build(SuperResolutionTransformer, config, _moved(tensors, dtype, device))
+
+
+# ---- what tensors say
+
+
+def checkpoint_kind(tensors: Tensors) -> str:
+    """ "stage", "direct" (super-resolution), "iterative" (CogVideo does not use it) or "other"."""
+    if _MIXING in tensors:
+        return "stage"
+    if _SECOND in tensors and _EXTRA in tensors:
+        return "direct"
+    return "iterative" if _EXTRA in tensors else "other"
+
+
+def stage_config(tensors: Tensors, facts: Mapping[str, Any], ids: Mapping[str, int]) -> TransformerConfig:
+    """The transformer of either stage, with a full temporal channel as the released code samples stage 1;
+    `ids` are those settings that the vocabulary decides."""
+    layout = facts.get("layout") or [64, 464, 2064]  # ends of text, first frame and all frames
+    frame_len = layout[1] - layout[0]
+    return replace(
+        cogvideo().keyframes,
+        **_trunk(tensors, facts),
+        **ids,
+        num_extra_positions=len(tensors[_EXTRA]),
+        max_text_len=layout[0],
+        grid=_square(frame_len),
+        num_frames=(layout[2] - layout[0]) // frame_len,
+    )
+
+
+def fine_config(tensors: Tensors, facts: Mapping[str, Any], ids: Mapping[str, int]) -> SuperResolutionConfig:
+    """Direct super-resolution. Text length, coarse grid and kernels are the release's whatever the file says,
+    as in the released code."""
+    return replace(
+        cogview2_dsr(),
+        **_trunk(tensors, facts),
+        **ids,
+        fine_grid=_square(len(tensors[_EXTRA])),
+    )
+
+
+def _trunk(tensors: Tensors, facts: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes that all SAT transformers have."""
+    vocab_size, hidden = tensors["transformer.word_embeddings.weight"].shape
+    num_heads = int(facts.get("num_attention_heads") or hidden // RELEASED_HEAD_DIM)
+    if num_heads < 1 or hidden % num_heads:
+        raise WeightsError(f"a width of {hidden} does not divide into {num_heads} heads")
+    return {
+        "num_layers": _count(tensors, r"transformer\.layers\.(\d+)\."),
+        "num_heads": num_heads,
+        "head_dim": hidden // num_heads,
+        "vocab_size": vocab_size,
+        "num_positions": len(tensors["transformer.position_embeddings.weight"]),
+    }
+
+
+def codec_config(tensors: Tensors) -> VQVAEConfig:
+    """The image codec's sizes; groups of its norms and the normalisation of pixels are the release's."""
+    try:
+        base = len(tensors["enc.conv_in.weight"])
+        size, dim = tensors["quantize.embed.weight"].shape
+        return VQVAEConfig(
+            base_channels=base,
+            encoder_multipliers=_multipliers(tensors, "enc.down", base),
+            num_res_blocks=_count(tensors, r"enc\.down\.0\.block\.(\d+)\."),
+            encoder_out_channels=len(tensors["enc.conv_out.weight"]),
+            codebook_size=size,
+            code_dim=dim,
+            decoder_multipliers=tuple(
+                _multipliers(tensors, f"decs.{i}.up", base) for i in range(_count(tensors, r"decs\.(\d+)\."))
+            ),
+            decoder_res_blocks=_count(tensors, r"decs\.0\.up\.0\.block\.(\d+)\."),
+        )
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"{CODEC} is not the image codec of icetk: {error}") from error
+
+
+def _multipliers(tensors: Tensors, part: str, base: int) -> tuple[int, ...]:
+    levels = range(_count(tensors, re.escape(part) + r"\.(\d+)\."))
+    return tuple(len(tensors[f"{part}.{level}.block.0.conv1.weight"]) // base for level in levels)
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
+
+
+def _square(length: int) -> tuple[int, int]:
+    side = round(length**0.5)
+    if side * side != length:
+        raise WeightsError(f"frames of {length} tokens are not square")
+    return side, side
+
+
+# ---- files
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """model_config.json of a checkpoint; empty where there is none."""
+    path = folder / "model_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+    if not isinstance(facts, dict):
+        raise WeightsError(f"{path} is not a JSON object")
+    return facts
+
+
+def _moved(tensors: Tensors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {n: x.to(device, dtype if x.is_floating_point() else x.dtype) for n, x in tensors.items()}

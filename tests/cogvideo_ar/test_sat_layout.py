@@ -1,0 +1,267 @@
+"""Folders with the released parts: the recorded checkpoints in the real format, a codec and a text model of
+fitting sizes, read as they are and converted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cogvideo_ar.__main__ import main
+from cogvideo_ar.config import VQVAEConfig, cogvideo, cogview2_dsr
+from cogvideo_ar.formats import convert_folder, open_folder
+from cogvideo_ar.generation import GreedySampler, StageSamplers
+from cogvideo_ar.keyframes import generate_first_frames
+from cogvideo_ar.parts import load_parts
+from cogvideo_ar.pipeline import CogVideoPipeline
+from cogvideo_ar.sat_layout import SatFolder, checkpoint_kind, codec_config, fine_config, stage_config
+from shared.checkpoints import convert, load_tensors
+from shared.errors import OutputPathError, WeightsError
+from shared.tokenizers.sentencepiece_training import PieceIds, train_text_model
+from tests.parity.recorded import case_folder, read_json, read_tensors
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:.*has no cluster_label2.npy"),
+]
+RECORDED = case_folder("cogvideo_ar")
+TABLE = read_json(RECORDED / "tokenizer_table.json")
+NUM_IMAGE_TOKENS = TABLE["num_image_tokens"]
+START = NUM_IMAGE_TOKENS + TABLE["table"].index("<start_of_image>")
+CPU = torch.device("cpu")
+
+
+class TableTokenizer:
+    """One character per token, as recorded."""
+
+    def encode(self, text: str) -> list[int]:
+        return [self.id_of(character) for character in text]
+
+    def id_of(self, piece: str) -> int:
+        return NUM_IMAGE_TOKENS + TABLE["table"].index(piece)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("released")
+    shutil.copytree(RECORDED / "sat_checkpoints", folder, dirs_exist_ok=True)
+    codec = {
+        name: x.float()
+        for name, x in read_tensors(case_folder("icetk") / "vqvae_weights.safetensors").items()
+    }
+    for name in ("quantize.embed.weight", "quantize.embed_avg", "quantize.cluster_size"):
+        repeats = -(-NUM_IMAGE_TOKENS // len(codec[name]))
+        codec[name] = torch.cat([codec[name]] * repeats)[:NUM_IMAGE_TOKENS].clone()
+    torch.save({"module": codec}, folder / "ice_image.pt")
+    symbols = TABLE["table"][: TABLE["table"].index("<start_of_chinese>") + 1]
+    train_text_model(
+        ["a b c"] * 9,
+        folder / "ice_text.model",
+        vocab_size=len(symbols) + 5,
+        ids=PieceIds(unk=len(symbols), bos=-1, eos=-1, pad=symbols.index("<pad>")),
+        user_defined_symbols=symbols[1:],
+    )
+    np.save(folder / "cluster_label2.npy", np.arange(NUM_IMAGE_TOKENS) % 7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(released: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert_folder(released, tmp_path_factory.mktemp("converted") / "model")
+
+
+def test_greedy_first_frame_through_the_converted_folder(converted: Path):
+    """The tokens that the upstream pipeline gave from the same checkpoints."""
+    name = "e2e_1_first_frame"
+    case = read_json(RECORDED / "inference_cases.json")[name]
+    recorded = read_tensors(RECORDED / "inference_cases.safetensors")[f"{name}.out"]
+    parts = load_parts(converted, torch.float64, CPU)
+    template = parts.config.sampling.prompts.first_frame
+    prompt = case["text"].removesuffix(template.removeprefix("{prompt}"))
+    greedy = StageSamplers(first_frame=GreedySampler(), default=GreedySampler())
+    frames = generate_first_frames(
+        parts.keyframes, TableTokenizer(), [prompt], parts.config.sampling, greedy, [torch.Generator()]
+    )
+    expected = recorded[:, case["call"]["text_len"] + 1 :].long()
+    assert torch.equal(frames[:, 0], expected)
+
+
+def test_the_converted_folder_is_the_released_one(released: Path, converted: Path):
+    """Same settings, same numbers, what the stages share only once; and nothing is rounded on the way."""
+    folder, own = open_folder(released), open_folder(converted)
+    assert folder.config == own.config and folder.dtype == own.dtype == torch.float16
+    assert folder.has_clusters and own.has_clusters
+    read, again = (f.load(torch.float16, CPU) for f in (folder, own))
+    for net in ("keyframes", "interpolation", "vqvae"):
+        states: list[dict[str, Tensor]] = [getattr(parts, net).state_dict() for parts in (read, again)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]), net
+    table = read.keyframes.word_embeddings.weight.data_ptr()
+    assert read.interpolation.word_embeddings.weight.data_ptr() == table
+    own_names = {name for name, _ in read.interpolation.temporal_parameters()}
+    assert load_tensors(converted / "interpolation.safetensors").keys() == own_names
+    assert read.cluster_labels is not None and again.cluster_labels is not None
+    assert torch.equal(read.cluster_labels, again.cluster_labels)
+
+
+def test_settings_follow_the_files(released: Path):
+    config = open_folder(released).config
+    for stage, net in ((1, config.keyframes), (2, config.interpolation)):
+        facts = read_json(released / f"cogvideo-stage{stage}" / "model_config.json")
+        assert (net.num_layers, net.num_heads, net.hidden_size) == (
+            *(facts["num_layers"], facts["num_attention_heads"]),
+            facts["hidden_size"],
+        )
+        assert net.frame_len == facts["layout"][1] - facts["layout"][0]
+        assert (net.start_of_image, net.num_image_tokens) == (START, NUM_IMAGE_TOKENS)
+        assert net.window == max(facts["window_size"], 0)
+    assert (config.keyframes.temporal, config.interpolation.temporal) == ("full", "window")
+    assert config.sampling == cogvideo().sampling and config.super_resolution is None
+
+
+def test_the_pipeline_opens_it(released: Path):
+    pipeline = CogVideoPipeline.from_pretrained(released, device="cpu")
+    assert pipeline.settings()["dtype"] == "float16" and pipeline.settings()["token_clusters"]
+    assert (pipeline.plan.num_frames, pipeline.plan.height) == (33, 160)
+
+
+# ---- which stage is which
+
+
+def edited(released: Path, folder: Path, change: Callable[[int, dict[str, Any]], None] | None) -> Path:
+    """A copy whose checkpoints have other names; `change` edits what they say, None removes it."""
+    shutil.copytree(released, folder)
+    for stage, name in ((1, "second"), (2, "first")):
+        path = (folder / f"cogvideo-stage{stage}").rename(folder / name) / "model_config.json"
+        facts = read_json(path)
+        path.unlink()
+        if change is not None:
+            change(stage, facts)
+            path.write_text(json.dumps(facts), encoding="utf-8")
+    return folder
+
+
+def test_the_content_says_more_than_names(released: Path, tmp_path: Path):
+    folder = edited(released, tmp_path / "a", lambda stage, facts: None)
+    assert [path.name for path in SatFolder(folder).stages] == ["second", "first"]
+    (folder / "second").rename(folder / "cogvideo-stage2")
+    (folder / "first").rename(folder / "cogvideo-stage1")
+    assert [path.name for path in SatFolder(folder).stages] == ["cogvideo-stage2", "cogvideo-stage1"]
+
+
+def test_stages_that_nothing_tells_apart(released: Path, tmp_path: Path):
+    """The released names decide where both files say the same; else the caller is asked, and may answer."""
+
+    def same(stage: int, facts: dict[str, Any]) -> None:
+        facts["cogvideo_stage"] = 1
+
+    folder = edited(released, tmp_path / "a", same)
+    with pytest.raises(WeightsError, match=r"first, second .*--stage1_path and --stage2_path"):
+        open_folder(folder).config  # noqa: B018 - reading it is the test
+    named = SatFolder(folder, folder / "second", folder / "first")
+    assert named.config == open_folder(released).config
+    (folder / "second").rename(folder / "cogvideo-stage1")
+    (folder / "first").rename(folder / "cogvideo-stage2")
+    assert [path.name for path in SatFolder(folder).stages] == ["cogvideo-stage1", "cogvideo-stage2"]
+
+
+def test_convert_is_a_verb(released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, target = (
+        edited(released, tmp_path / "a", lambda stage, facts: facts.pop("cogvideo_stage")),
+        tmp_path / "b",
+    )
+    command = ["convert", "--model_path", str(folder), "--output_path", str(target), "--dtype", "bfloat16"]
+    assert main(command) == 3 and "--stage1_path" in capsys.readouterr().err
+    command += ["--stage1_path", str(folder / "second"), "--stage2_path", str(folder / "first")]
+    assert main(command) == 0 and capsys.readouterr().out == f"{target}\n"
+    assert load_tensors(target / "keyframes.safetensors")["final_norm.bias"].dtype == torch.bfloat16
+    assert main(command) == 2 and "already holds a model" in capsys.readouterr().err
+    with pytest.raises(OutputPathError):
+        convert_folder(folder, target)
+    with pytest.raises(WeightsError, match="nothing to convert"):
+        convert_folder(target, tmp_path / "c")
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize("name", ["ice_image.pt", "ice_text.model"])
+def test_missing_files_are_named(released: Path, tmp_path: Path, name: str):
+    folder = shutil.copytree(released, tmp_path / "a")
+    nested = folder / "icetk"
+    nested.mkdir()
+    (folder / name).rename(nested / name)
+    assert SatFolder(folder).config == SatFolder(released).config
+    (nested / name).unlink()
+    with pytest.raises(WeightsError, match=rf"lacks {name} \(the "):
+        CogVideoPipeline.from_pretrained(folder, device="cpu")
+
+
+def test_a_stage_that_is_not_there(released: Path, tmp_path: Path):
+    folder = shutil.copytree(released, tmp_path / "a")
+    shutil.rmtree(folder / "cogvideo-stage2")
+    with pytest.raises(WeightsError, match="has 1 checkpoints of CogVideo's stages"):
+        CogVideoPipeline.from_pretrained(folder, device="cpu")
+
+
+def test_no_clusters_is_said(released: Path, tmp_path: Path):
+    folder = shutil.copytree(released, tmp_path / "a")
+    (folder / "cluster_label2.npy").unlink()
+    with pytest.warns(UserWarning, match="top_k counts single tokens"):
+        assert SatFolder(folder).load(torch.float16, CPU).cluster_labels is None
+
+
+def test_super_resolution_is_a_part(released: Path, tmp_path: Path):
+    """The direct checkpoint is read and converted, the iterative one is left alone. The recorded vocabulary
+    is smaller than that of the stages, so the table is enlarged."""
+    folder = shutil.copytree(released, tmp_path / "a")
+    for name in ("cogview2-dsr", "cogview2-itersr"):
+        shutil.copytree(case_folder("cogview2_sr") / name, folder / name)
+    file = next((folder / "cogview2-dsr").glob("*/*.pt"))
+    tensors = {name: x.clone() for name, x in load_tensors(file).items()}
+    table = tensors["transformer.word_embeddings.weight"]
+    tensors["transformer.word_embeddings.weight"] = table.repeat(NUM_IMAGE_TOKENS // len(table) + 1, 1)
+    torch.save({"module": tensors}, file)
+    target = convert_folder(folder, tmp_path / "b")
+    config = open_folder(target).config.super_resolution
+    assert config is not None and config.fine_grid == cogview2_dsr().fine_grid
+    assert (config.text_len, config.start_of_image) == (96, START)
+    pipeline = CogVideoPipeline.from_pretrained(target, device="cpu")
+    assert (pipeline.plan.height, pipeline.plan.width) == (480, 480)
+    from cogvideo_ar.checkpoints import SAT_DSR
+
+    expected, model = convert(tensors, SAT_DSR), pipeline.parts.super_resolution
+    assert model is not None
+    assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
+
+
+# ---- sizes of the release
+
+
+def manifest(entries: dict[str, list[int]]) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in entries.items()}
+
+
+def test_released_sizes_give_the_presets():
+    """Even where model_config.json is missing."""
+    preset = cogvideo()
+    tensors = manifest(read_json(RECORDED / "full_size_manifest.json")["parameters"])
+    ids = {"num_image_tokens": 20000, "start_of_image": 150000, "pad_token": 20003}
+    assert checkpoint_kind(tensors) == "stage" and stage_config(tensors, {}, ids) == preset.keyframes
+    entries = read_json(case_folder("icetk") / "vqvae_full_manifest.json")["entries"]
+    assert codec_config(manifest({entry["name"]: entry["shape"] for entry in entries})) == VQVAEConfig()
+    facts = read_json(case_folder("cogview2_sr") / "full_manifest.json")["cogview2-dsr"]
+    first, last = facts["layer_index_range"]
+    named = dict(facts["other"])
+    for layer in range(first, last + 1):
+        named |= {key.format(i=layer): shape for key, shape in facts["per_layer"].items()}
+    tensors = manifest(named)
+    del ids["pad_token"]
+    assert checkpoint_kind(tensors) == "direct" and fine_config(tensors, {}, ids) == cogview2_dsr()
