@@ -319,7 +319,7 @@ def cogvideox_demo() -> CogVideoXConfig:
             decode_latents=0,
         ),
         text=text,
-        sampling=SamplingConfig(num_inference_steps=25, guidance_scale=3.0),
+        sampling=SamplingConfig(num_inference_steps=25, guidance_scale=3.0, scheduler="dpm"),
         geometry=GeometryConfig(height=64, width=64, num_frames=17, fps=8, frame_step=8, max_frames=17),
     )
 
