@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -16,29 +15,9 @@ from shared.errors import OutputPathError, WeightsError
 from shared.model_folder import find_model
 
 
-class ModelFolder(Protocol):
-    """What is known of a folder before its weights are read, and how to read them."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def config(self) -> CogVideoConfig: ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """To run in, unless another is asked for."""
-        ...
-
-    @property
-    def has_clusters(self) -> bool: ...
-
-    def load(self, dtype: torch.dtype, device: torch.device) -> Parts: ...
-
-
 @dataclass(frozen=True)
 class OwnFolder:
-    """A folder that `save_parts` wrote."""
+    """A folder that `save_parts` wrote: as of a `SatFolder`, what is known before its weights are read."""
 
     path: Path
 
@@ -48,6 +27,7 @@ class OwnFolder:
 
     @property
     def dtype(self) -> torch.dtype:
+        """To run in, unless another is asked for."""
         return own_dtype(self.path)
 
     @property
@@ -56,6 +36,9 @@ class OwnFolder:
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Parts:
         return load_parts(self.path, dtype, device)
+
+
+ModelFolder = OwnFolder | SatFolder
 
 
 def open_folder(source: str | Path) -> ModelFolder:

@@ -125,7 +125,7 @@ def _rounds(config: CogVideoConfig, options: Options, durations: tuple[float, ..
 
 def _size(config: CogVideoConfig, options: Options) -> tuple[int, int, CogLMConfig | None]:
     """(height, width, how the fine tokens are drawn): the largest frames of the wanted size."""
-    sizes = [(*_pixels(config.keyframes.grid), None)]
+    sizes: list[tuple[int, int, CogLMConfig | None]] = [(*_pixels(config.keyframes.grid), None)]
     if config.super_resolution is not None:
         fine = config.super_resolution
         sizes.append((*_pixels(fine.fine_grid), fine.draw))

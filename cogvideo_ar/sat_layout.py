@@ -122,11 +122,10 @@ class SatFolder:
             raise WeightsError(
                 f"{self.path} has {len(found)} checkpoints of CogVideo's stages, needed are two"
             )
-        said = [_facts(folder).get("cogvideo_stage") for folder in found]
-        by_name = [folder.name for folder in found]
-        for known, names in ((said, (1, 2)), (by_name, STAGE_NAMES)):
-            if all(known.count(name) == 1 for name in names):
-                first, second = (found[known.index(name)] for name in names)
+        said = [f"cogvideo-stage{_facts(folder).get('cogvideo_stage')}" for folder in found]
+        for known in (said, [folder.name for folder in found]):
+            if all(known.count(name) == 1 for name in STAGE_NAMES):
+                first, second = (found[known.index(name)] for name in STAGE_NAMES)
                 return first, second
         listed = ", ".join(str(folder.relative_to(self.path)) for folder in found)
         raise WeightsError(

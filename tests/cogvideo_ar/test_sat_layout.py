@@ -132,6 +132,23 @@ def test_the_pipeline_opens_it(released: Path):
     assert (pipeline.plan.num_frames, pipeline.plan.height) == (33, 160)
 
 
+def test_generate_takes_it(released: Path, capsys: pytest.CaptureFixture[str]):
+    command = [
+        "generate",
+        "--model_path",
+        str(released),
+        "--prompt",
+        "a",
+        "--dry_run",
+        "--json",
+        "--device",
+        "cpu",
+    ]
+    assert main(command) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings == CogVideoPipeline.from_pretrained(released, device="cpu").settings()
+
+
 # ---- which stage is which
 
 
