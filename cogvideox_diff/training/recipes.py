@@ -84,7 +84,7 @@ def demo() -> Recipe:
             Phase(begin=0.67, num_frames=17, batch=3),
         ),
         transformer=TrainConfig(
-            steps=5600,
+            steps=6600,
             decay_fraction=0.75,
             lr=1.5e-3,
             optimizer="muon",
