@@ -67,7 +67,7 @@ def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from cogvideo_ar.options import resolve
     from cogvideo_ar.pipeline import CogVideoPipeline, effective_settings
     from shared.model_folder import weights_mark
-    from shared.runtime import parse_device, parse_dtype
+    from shared.runtime import parse_device, parse_dtype, spare_threads
 
     folder = open_folder(options.model_path)
     config = folder.config
@@ -84,6 +84,7 @@ def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
 
     def load() -> CogVideoPipeline:
         pipeline = CogVideoPipeline.from_pretrained(folder.path, dtype=dtype, device=device)
+        spare_threads(pipeline.parts.keyframes)
         return pipeline.configured(wishes, sampling)
 
     return run_generation(Order(command=(PROG, *argv), settings=settings, load=load), options)

@@ -103,7 +103,7 @@ def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
     from cogvideox_diff.pipeline import CogVideoXPipeline
     from cogvideox_diff.planning import check_request
     from shared.model_folder import weights_mark
-    from shared.runtime import parse_device, parse_dtype
+    from shared.runtime import parse_device, parse_dtype, spare_threads
 
     folder = open_folder(options.model_path)
     config = replace(folder.config, sampling=override_all(folder.config.sampling, options.set))
@@ -136,6 +136,7 @@ def generate(options: argparse.Namespace, argv: Sequence[str]) -> int:
             tiled=options.tiling,
         )
         pipeline.config = config
+        spare_threads(pipeline.parts.transformer, pipeline.parts.vae)
         _load_adapters(pipeline, adapters, quiet=options.quiet or options.json)
         return Configured(pipeline, call, settings)
 

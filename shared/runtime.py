@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from shared.errors import OutputCheckError, SettingError
 from shared.protocol import StageStats
 
+THREADS_PAY_FROM = 50_000_000  # parameters
+
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -34,6 +36,14 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise SettingError(f"unknown dtype {name!r}; legal: {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def spare_threads(*nets: nn.Module) -> None:
+    """One thread for nets too small to share: their operators are shorter than the threads' waiting for each
+    other, which on a busy machine makes them many times slower. OMP_NUM_THREADS, where set, is obeyed."""
+    parameters = sum(p.numel() for net in nets for p in net.parameters())
+    if parameters < THREADS_PAY_FROM and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def parse_device(name: str) -> torch.device:

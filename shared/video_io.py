@@ -119,7 +119,7 @@ def _write_mp4(video: Video, path: Path, quality: int) -> None:
 
 
 def _write_mkv(video: Video, path: Path) -> None:
-    with av.open(path, "w") as container:
+    with av.open(path, "w", options={"fflags": "+bitexact"}) as container:  # equal frames, equal bytes
         _encode(container, container.add_stream("ffv1", rate=_rate(video)), video, "bgr0")
 
 
