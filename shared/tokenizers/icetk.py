@@ -18,12 +18,6 @@ from shared.tokenizers.model_bytes import piece_record, rescored
 NUM_IMAGE_TOKENS = 20000
 LINEBREAK = "<n>"
 DISCOURAGED_SCORE = -100.0
-_PIECE, _TEXT, _SCORE = (
-    b"\x0a",
-    b"\x0a",
-    b"\x15",
-)  # protobuf tags: field 1 (bytes); in it field 1 and 2 (float)
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf wire types
 
 
 class IceTokenizer:
