@@ -202,21 +202,16 @@ class Run:
         )
 
     def scaling_factor(self) -> float:
-        """What gives the latents unit variance around the background of their frame, to four digits.
-
-        The background makes up four fifths of the variance; measured with it, what tells one shape from
-        another would be under the noise for most of the timesteps."""
-        latents = self.clips().latents.float()
-        background = latents.flatten(3).median(-1).values[..., None, None]
-        return float(f"{1 / float((latents - background).std()):.4g}")
+        """What the model folder's config says: `unit_scale` of the training clips."""
+        return unit_scale(self.clips())
 
     # ---- transformer
 
     def train_transformer(self) -> None:
         recipe, settings = self.recipe, self.recipe.transformer
         model = JointModel(recipe.config, settings.seed)
-        scale, schedule = self.scaling_factor(), NoiseSchedule.from_config(recipe.config.schedule)
         clips, stills, tokenizer = self.clips(), self.stills(), self.tokenizer()
+        scale, schedule = unit_scale(clips), NoiseSchedule.from_config(recipe.config.schedule)
         ids = {text: tokenizer([text]).ids[0] for text in _texts()}
         loss_of = partial(_batch_loss, model, schedule, scale, ids)
 
@@ -245,6 +240,16 @@ class Run:
         if not path.exists():
             raise WeightsError(f"{path} is missing: run the stage {stage!r} first")
         return path
+
+
+def unit_scale(clips: LatentClips) -> float:
+    """What gives the latents unit variance around the background of their frame, to four digits.
+
+    The background makes up four fifths of the variance; measured with it, what tells one shape from
+    another would be under the noise for most of the timesteps."""
+    latents = clips.latents.float()
+    background = latents.flatten(3).median(-1).values[..., None, None]
+    return float(f"{1 / float((latents - background).std()):.4g}")
 
 
 def _texts() -> set[str]:
