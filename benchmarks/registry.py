@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.suites import one_of
 from shared.errors import SettingError
@@ -71,3 +72,8 @@ def build(name: str) -> VideoGenerator:
     """Load the model that `name` stands for. Raises SettingError for a name, WeightsError for its weights."""
     preset = resolve(name)
     return FAMILIES[preset.family](preset.source)
+
+
+def descriptions(models: Sequence[str] | dict[str, Any]) -> dict[str, str]:
+    """A line on each model that the registry knows."""
+    return {name: PRESETS[name].description for name in models if name in PRESETS}

@@ -12,27 +12,23 @@ import json
 import platform
 import re
 import shlex
-import signal
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.config_cli import run
-from shared.config_io import to_plain
 from shared.errors import BatchError, OutputCheckError, OutputPathError, SettingError, UserError
 from shared.files import write_json
 from shared.protocol import GenerationRequest, GenerationResult, VideoGenerator
+from shared.verbs import add_output_flags, say
 from shared.video import Video
 
 FORMAT = 1  # of sidecars; part of every settings hash
@@ -104,11 +100,6 @@ def add_generation_flags(parser: argparse.ArgumentParser, *, output: str) -> Non
 
 
 # fmt: on
-
-
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no settings")
 
 
 # ---- what is to be made
@@ -214,7 +205,7 @@ class _Made:
     errors: list[UserError] = field(default_factory=list)
 
 
-def run_generation(order: Order, options: argparse.Namespace) -> int:
+def run_generation(order: Order, options: argparse.Namespace) -> None:
     """Make the videos and their sidecars; says what it did on standard output.
 
     Raises OutputCheckError (5) when a video that was written shows nothing, BatchError (7) when some of
@@ -225,7 +216,8 @@ def run_generation(order: Order, options: argparse.Namespace) -> int:
     pending, kept = pending_items(items, order, overwrite=options.overwrite, resume=in_folder)
     if options.dry_run:
         content = {"ok": True, "dry_run": True, "settings": order.settings, "items": _listed(pending)}
-        return _say(options, content, [f"would write {item.path}" for item in pending])
+        say(options, content, [f"would write {item.path}" for item in pending])
+        return
     made = _Made(records=[{**entry, "status": "kept"} for entry in _listed(kept)])
     if pending:
         generator = order.load()
@@ -238,7 +230,7 @@ def run_generation(order: Order, options: argparse.Namespace) -> int:
                 _write_index(options.output_path, order, made)
     _raise_for(made, len(items))
     content = {"ok": True, "exit_code": 0, "settings": order.settings, "items": made.records}
-    return _say(options, content, [record["path"] for record in made.records])
+    say(options, content, [record["path"] for record in made.records])
 
 
 def _make_all(
@@ -357,39 +349,3 @@ def _raise_for(made: _Made, total: int) -> None:
 
 def _listed(items: Sequence[Item]) -> list[dict[str, Any]]:
     return [{**asdict(item), "path": str(item.path), "sidecar": str(item.sidecar)} for item in items]
-
-
-def _say(options: argparse.Namespace, content: dict[str, Any], lines: Sequence[str]) -> int:
-    text = [json.dumps(to_plain(content), ensure_ascii=False)] if options.json else lines
-    for line in text:
-        sys.stdout.write(line + "\n")
-    return 0
-
-
-# ---- the end of a process
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """In the block SIGTERM interrupts as Ctrl-C does, so that temporary files go and the exit code is 130."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def run_verbs(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """`shared.config_cli.run`, also for SIGTERM."""
-    with terminable():
-        try:
-            return run(main, argv)
-        except KeyboardInterrupt:  # while an interruption was being reported
-            return 130

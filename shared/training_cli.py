@@ -4,7 +4,6 @@ folder at the end."""
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 from shared.config_cli import nearest, override_all, pick
 from shared.errors import SettingError
-from shared.generation_cli import add_output_flags, check_writable
+from shared.generation_cli import check_writable
 from shared.training import TrainConfig
+from shared.verbs import add_output_flags, say
 
 RecipeT = TypeVar("RecipeT")
 EXPORT = "export"
@@ -61,7 +61,7 @@ def run_stages(
     run: TrainingRun,
     stages: Sequence[str],
     export: Callable[[Path], object],
-) -> int:
+) -> None:
     """Run the chosen stages, each resuming itself; `export` writes the model folder OUTPUT_PATH/model."""
     check_writable(options.output_path)
     model = options.output_path / "model"
@@ -73,12 +73,4 @@ def run_stages(
     done = {"ok": True, "exit_code": 0, "stages": list(stages), "folder": str(options.output_path)}
     if EXPORT in stages:
         done["model"] = str(model)
-    _say(options, done)
-    return 0
-
-
-def _say(options: argparse.Namespace, done: dict[str, Any]) -> None:
-    import json
-
-    line = json.dumps(done) if options.json else str(done.get("model", done["folder"]))
-    sys.stdout.write(line + "\n")
+    say(options, done, [str(done.get("model", done["folder"]))])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvideox_diff import lora_command
 from cogvideox_diff.checkpoints import DIFFUSERS_TRANSFORMER, sat_transformer_table
+from cogvideox_diff.commands import lora as lora_command
 from cogvideox_diff.config import PRESETS
 from cogvideox_diff.lora import linear_layers, save_lora, set_scale
 from cogvideox_diff.lora_files import Adapter, Pair, write_adapter
@@ -43,15 +43,15 @@ def preset_adapter(preset: str, rank: int = 1) -> Adapter:
 
 def test_inspect_says_what_a_file_is(tmp_path: Path) -> None:
     file = write_adapter(preset_adapter("cogvideox-2b"), tmp_path / "a.safetensors")
-    said = lora_command.run(options("inspect", str(file)))
+    said = lora_command.act(options("inspect", str(file)))
     assert said["fits"] == {"cogvideox-2b": 60}
     assert (said["rank"], said["targets"], said["pairs"]) == ([1], ["attn.out", "attn.q"], 60)
-    said = lora_command.run(options("inspect", str(file), "--preset", "cogvideox-2b"))
+    said = lora_command.act(options("inspect", str(file), "--preset", "cogvideox-2b"))
     assert (said["matched"], said["unmatched"]) == (60, [])
     assert "matched: 60" in lora_command.lines_of(said)
     assert "fits: none" in lora_command.lines_of(said | {"fits": {}})
     with pytest.raises(WeightsError, match="60 layers matched, 0 unmatched, 60 of another size"):
-        lora_command.run(options("inspect", str(file), "--preset", "cogvideox-5b"))
+        lora_command.act(options("inspect", str(file), "--preset", "cogvideox-5b"))
 
 
 @pytest.mark.parametrize("naming", ["own", "joint", "diffusers", "sat"])
@@ -67,7 +67,7 @@ def test_merge_into_every_naming(tmp_path: Path, naming: str) -> None:
     save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "base.safetensors")
     arguments = ("merge", str(tmp_path / "lora"), "--model_path", str(tmp_path / "base.safetensors"))
     arguments += ("--output_path", str(tmp_path / "merged.safetensors"), "--lora_scale", "0.5")
-    said = lora_command.run(options(*arguments))
+    said = lora_command.act(options(*arguments))
     assert (said["matched"], said["scale"]) == (8, 0.5)
     merged = load_file(tmp_path / "merged.safetensors")
     assert merged.keys() == weights.keys()
@@ -78,7 +78,7 @@ def test_merge_into_every_naming(tmp_path: Path, naming: str) -> None:
     set_scale(model, 0.5)
     assert relative_error(run(load_into(tiny_model(seed=3), merged)), run(model)) < 1e-5
     with pytest.raises(OutputPathError, match="already exists"):
-        lora_command.run(options(*arguments))
+        lora_command.act(options(*arguments))
 
 
 def test_merge_into_a_diffusers_folder(tmp_path: Path) -> None:
@@ -108,6 +108,6 @@ def test_merge_refuses(tmp_path: Path) -> None:
 
 def test_missing_flags() -> None:
     with pytest.raises(SettingError, match="--output_path"):
-        lora_command.run(options("convert", "x", "--to", "sat"))
+        lora_command.act(options("convert", "x", "--to", "sat"))
     with pytest.raises(SettingError, match="--to"):
-        lora_command.run(options("convert", "x", "--output_path", "y"))
+        lora_command.act(options("convert", "x", "--output_path", "y"))

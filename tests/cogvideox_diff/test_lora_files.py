@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cogvideox_diff import lora, lora_command
+from cogvideox_diff import lora
 from cogvideox_diff.checkpoints import merge_sat_adapters, sat_transformer_table
+from cogvideox_diff.commands import lora as lora_command
 from cogvideox_diff.config import SAT_FINAL_NORM_EPS
 from cogvideox_diff.lora import adapter_names, inject, load_lora, lora_parameters, merge, save_lora, unmerge
 from cogvideox_diff.lora_files import LORA_FILE, read_adapter, write_adapter

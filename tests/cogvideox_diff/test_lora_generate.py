@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvideox_diff import CogVideoXPipeline
-from cogvideox_diff.__main__ import Configured, main
+from cogvideox_diff.__main__ import main
+from cogvideox_diff.commands.generate import Configured
 from cogvideox_diff.lora import adapter_names, fuse, inject, remove, save_lora
 from cogvideox_diff.planning import CallSettings
 from cogvideox_diff.transformer import ExpertTransformer

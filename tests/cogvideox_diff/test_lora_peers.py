@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvideox_diff import lora, lora_command
+from cogvideox_diff import lora
 from cogvideox_diff.checkpoints import DIFFUSERS_TRANSFORMER
+from cogvideox_diff.commands import lora as lora_command
 from cogvideox_diff.lora import inject, load_lora, save_lora
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.checkpoints import convert, load_into

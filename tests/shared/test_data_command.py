@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.clips import __main__ as command
 from shared.clips import shapes
+from shared.clips.__main__ import main
+from shared.clips.commands import shapes as command
 from shared.errors import SettingError
 from shared.video_io import read_video
 
 
 def call(*words: str) -> int:
-    return command.main(["shapes", "--quiet", *words])
+    return main(["shapes", "--quiet", *words])
 
 
 def lines(path: Path) -> list[str]:

@@ -16,10 +16,11 @@ import torch
 
 from shared.config_cli import FlagParser
 from shared.errors import SettingError, WeightsError
-from shared.generation_cli import Order, add_generation_flags, run_generation, run_verbs
+from shared.generation_cli import Order, add_generation_flags, run_generation
 from shared.protocol import GenerationRequest, GenerationResult, StageStats
 from shared.runtime import generator
 from shared.self_check import check_video
+from shared.verbs import interruptible
 from shared.video import Video
 from shared.video_io import read_video
 
@@ -68,7 +69,7 @@ class Tool:
         self.fake, self.loads, self.settings = Fake(), 0, settings or SETTINGS
 
     def __call__(self, *argv: object) -> int:
-        return run_verbs(self._main, [str(word) for word in argv])
+        return interruptible(self._main, [str(word) for word in argv])
 
     def _main(self, argv: Sequence[str]) -> int:
         parser = FlagParser(prog="tool")

@@ -37,6 +37,7 @@ from shared.checkpoints import convert, load_tensors, save_tensors
 from shared.config_cli import pick
 from shared.errors import OutputPathError, SettingError, WeightsError
 from shared.model_folder import without_memory
+from shared.verbs import say
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SAT_MARK, DIFFUSERS_MARK, OUR_MARK = "model.diffusion_model.", "transformer_blocks.", "blocks."
@@ -301,9 +302,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="convert: leave alpha in the metadata, where not all readers look")  # fmt: skip
     parser.add_argument("--output_path", type=Path, help="merge, convert: a .safetensors file or a folder")
     parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> None:
+    """Say what was found or done."""
+    result = act(options)
+    say(options, {"ok": True, "exit_code": 0, **result}, lines_of(result))
+
+
+def act(options: argparse.Namespace) -> dict[str, Any]:
     """Do the chosen action; the result for --json, or for `lines_of`."""
     if options.action == "inspect":
         return inspect(

@@ -1,0 +1,176 @@
+"""The verb `generate`: videos of prompts, of an image, or of another video."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.config_cli import override_all
+from shared.errors import SettingError
+from shared.generation_cli import Order, add_generation_flags, run_generation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cogvideox_diff.commands.lora import Chosen
+    from cogvideox_diff.denoising import Step
+    from cogvideox_diff.pipeline import CogVideoXPipeline
+    from cogvideox_diff.planning import CallSettings
+    from shared.protocol import GenerationRequest, GenerationResult
+    from shared.video import Video
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_generation_flags(parser, output="out/cogvideox")
+    parser.add_argument("--negative_prompt", default="", help="what to guide away from")
+    parser.add_argument("--generate_type", choices=("t2v", "i2v", "v2v"), help="default: by what is given")
+    parser.add_argument("--image_or_video_path", type=Path, help="the image of i2v, the video of v2v")
+    parser.add_argument("--num_inference_steps", type=int)
+    parser.add_argument("--guidance_scale", type=float, help="up to 1: no guidance")
+    parser.add_argument("--dynamic_cfg", help="upstream, rise or fall: guidance that changes by step")
+    parser.add_argument("--scheduler", help="ddim or dpm")
+    parser.add_argument("--strength", type=float, help="of v2v, 0..1: how much of the video is made anew")
+    parser.add_argument("--offload", choices=("none", "model"), default="none",
+                        help="model: nets wait on the CPU for their turn")  # fmt: skip
+    parser.add_argument("--tiling", action="store_true", help="code frames in tiles, which saves memory")
+    parser.add_argument("--lora_path", type=Path, action="append", default=[], metavar="LORA",
+                        help="an adapter, of diffusers, PEFT or SAT; several add up")  # fmt: skip
+    parser.add_argument("--lora_scale", type=float, action="append", default=[], metavar="SCALE",
+                        help="its strength, 1 as trained; one for all, or one for each")  # fmt: skip
+
+
+@dataclass
+class Configured:
+    """The pipeline with the settings of a command line; a `shared.protocol.VideoGenerator`."""
+
+    pipeline: CogVideoXPipeline
+    call: CallSettings
+    effective: dict[str, Any]
+    on_progress: Callable[[float], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.name, self.tasks = self.pipeline.name, self.pipeline.tasks
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        """The pipeline's result, shown at the rate that was asked for."""
+        result = self.pipeline.generate(request, self.call, callback=self._moved)
+        return replace(result, video=replace(result.video, fps=self.effective["fps"]))
+
+    def _moved(self, step: Step) -> None:
+        if self.on_progress is not None:
+            self.on_progress(step.done / step.total)
+
+    def settings(self) -> dict[str, Any]:
+        return self.effective
+
+
+def run(options: argparse.Namespace) -> None:
+    """Everything is checked before the weights are read."""
+    from cogvideox_diff.commands.lora import choose
+    from cogvideox_diff.formats import open_folder
+    from cogvideox_diff.pipeline import CogVideoXPipeline
+    from cogvideox_diff.planning import check_request
+    from shared.model_folder import weights_mark
+    from shared.runtime import parse_device, parse_dtype, spare_threads
+
+    folder = open_folder(options.model_path)
+    config = replace(folder.config, sampling=override_all(folder.config.sampling, options.set))
+    image, video = _inputs(options)
+    call = _call_settings(options)
+    plan = check_request(config, call, image=image, video=video)
+    if options.fps is not None and not options.fps > 0:
+        raise SettingError(f"fps must be positive, got {options.fps}")
+    dtype = folder.trained_dtype if options.dtype is None else parse_dtype(options.dtype)
+    device = parse_device(options.device)
+    adapters = choose(options.lora_path, options.lora_scale, config.transformer)
+    settings = {
+        "family": "cogvideox_diff",
+        "weights": weights_mark(folder.path),
+        **plan.settings(),
+        "fps": options.fps or plan.fps,
+        "tiling": options.tiling,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(device),
+    }
+    if adapters:
+        settings["lora"] = [adapter.settings() for adapter in adapters]
+
+    def load() -> Configured:
+        pipeline = CogVideoXPipeline.from_pretrained(
+            options.model_path,
+            dtype=dtype,
+            device=str(device),
+            offload="cpu" if options.offload == "model" else None,
+            tiled=options.tiling,
+        )
+        pipeline.config = config
+        spare_threads(pipeline.parts.transformer, pipeline.parts.vae)
+        _load_adapters(pipeline, adapters, quiet=options.quiet or options.json)
+        return Configured(pipeline, call, settings)
+
+    order = Order(
+        command=options.command,
+        settings=settings,
+        load=load,
+        image=image,
+        video=video,
+        inputs=_described(options, image, video),
+    )
+    run_generation(order, options)
+
+
+def _load_adapters(pipeline: CogVideoXPipeline, adapters: Sequence[Chosen], *, quiet: bool) -> None:
+    """Also says on standard error what each is and where it went; if `quiet`, only where parts are lost."""
+    for number, adapter in enumerate(adapters):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the report says the same
+            report = pipeline.load_lora(adapter.path, scale=adapter.scale, name=f"lora{number}")
+        if report.unmatched or not quiet:
+            sys.stderr.write(f"{adapter.path} at scale {adapter.scale:g}: {report}\n")
+
+
+def _call_settings(options: argparse.Namespace) -> CallSettings:
+    from cogvideox_diff.planning import CallSettings
+
+    return CallSettings(
+        negative_prompt=options.negative_prompt,
+        num_frames=options.num_frames,
+        height=options.height,
+        width=options.width,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        dynamic_cfg=options.dynamic_cfg,
+        scheduler=options.scheduler,
+        strength=options.strength,
+    )
+
+
+def _inputs(options: argparse.Namespace) -> tuple[Tensor | None, Video | None]:
+    """The image or the video that is given, by --generate_type or else by what the path names."""
+    from shared.video_io import read_image, read_video
+
+    path = options.image_or_video_path
+    if path is None:
+        if options.generate_type in ("i2v", "v2v"):
+            raise SettingError(f"--generate_type {options.generate_type} needs --image_or_video_path")
+        return None, None
+    kind = options.generate_type or ("i2v" if path.suffix.lower() in IMAGE_SUFFIXES else "v2v")
+    if kind == "t2v":
+        raise SettingError("--generate_type t2v takes no --image_or_video_path; legal: i2v, v2v")
+    return (read_image(path), None) if kind == "i2v" else (None, read_video(path))
+
+
+def _described(options: argparse.Namespace, image: Tensor | None, video: Video | None) -> dict[str, Any]:
+    frames = image if image is not None else None if video is None else video.frames
+    if frames is None:
+        return {}
+    digest = hashlib.sha256(frames.numpy().tobytes()).hexdigest()[:16]
+    return {"path": str(options.image_or_video_path), "frames_sha256": digest}
