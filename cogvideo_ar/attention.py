@@ -1,9 +1,9 @@
-"""The two channels of CogVideo's attention, over a whole sequence and one cached step at a time.
+"""The two channels of CogVideo's attention over a whole sequence; `slot_attention` has the cached steps.
 
 Spatial (upstream "base"): text | own frame. Temporal (upstream "attention plus"): text | slots of several
-frames, of the whole frame or inside a window. A context holds what all layers share (masks, windows) and
-offers the two channels; the transformer does not know which context it runs in, so training and generation
-share every line outside this file.
+frames, of the whole frame, inside a window, or near the query (3D local attention). A context holds what all
+layers share (masks, windows) and offers the two channels; the transformer does not know which context it runs
+in, so training and generation share every line outside this file.
 
 Legend: B batch, N heads, T text, F frames, S slots of a frame, L sequence = T + F*S, W windows, K slots of
 a window, D head dim.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvideo_ar.kv_cache import KVCache, LayerCache
-from cogvideo_ar.layout import SequenceLayout, region_ids, window_slots
+from cogvideo_ar.layout import SequenceLayout, near_frames, near_slots, region_ids, window_slots
 from shared.attention import attend
 
 
@@ -51,6 +51,17 @@ def text_bias(valid_BT: Tensor | None, text_len: int, weight: float, like: Tenso
     return bias_BT[:, None, None]
 
 
+def relaxed_attend(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, dropout: float = 0.0, alpha: float = 16.0
+) -> Tensor:
+    """`attend` whose scores stay small in the tensors' own dtype (CogView's PB-relax): they are computed at
+    1/alpha of their size and lose each head's maximum before they grow again. The softmax is the same."""
+    scores = (q / (alpha * q.shape[-1] ** 0.5)) @ k.mT
+    scores = (scores - scores.detach().amax((-2, -1), keepdim=True)) * alpha
+    weights = (scores if bias is None else scores + bias).softmax(-1)
+    return F.dropout(weights, dropout) @ v
+
+
 @dataclass(frozen=True, kw_only=True)
 class KeyRange:
     """Consecutive frames of a window that see the same first keys."""
@@ -72,8 +83,8 @@ class FullAttention:
     """All rows at once: training, scoring, and the prefill of a generation.
 
     `like` [B, L, C] gives rows, dtype and device of the masks. `text_weight` is added to the scores of
-    slots -> text. `text_weight_temporal` and `cyclic` differ from it and from False only to reproduce the
-    released prefill.
+    slots -> text. `window` and `extent` are the temporal channel's (0: no limit). `text_weight_temporal` and
+    `cyclic` differ from `text_weight` and from False only to reproduce the released prefill.
     """
 
     def __init__(
@@ -81,15 +92,17 @@ class FullAttention:
         layout: SequenceLayout,
         *,
         window: int,
+        extent: tuple[int, int, int] = (0, 0, 0),
         like: Tensor,
         text_valid_BT: Tensor | None = None,
         text_weight: float = 0.0,
         text_weight_temporal: float | None = None,
         cyclic: bool = False,
+        pb_relax: bool = False,
         dropout: float = 0.0,
     ) -> None:
         self.layout, self.num_text, self.dropout = layout, layout.text_len, dropout
-        self.base_only, self.window = layout.base_only, window
+        self.base_only, self.window, self.pb_relax = layout.base_only, window, pb_relax
         self.padding = text_bias(text_valid_BT, layout.text_len, 0.0, like)
         self.frame_bias = _spatial_bias(
             layout, text_bias(text_valid_BT, layout.text_len, text_weight, like), like
@@ -97,13 +110,17 @@ class FullAttention:
         if text_weight_temporal is None:
             text_weight_temporal = text_weight
         bias = text_bias(text_valid_BT, layout.text_len, text_weight_temporal, like)
-        kinds = () if self.base_only else (False, True) if window else (False,)
-        self.plans = [_temporal_plan(layout, window, shifted, bias, like, cyclic) for shifted in kinds]
+        self.plans = [
+            _temporal_plan(
+                layout, _hidden(layout, window, extent, shifted, cyclic), window, shifted, bias, like
+            )
+            for shifted in layer_kinds(layout, window)
+        ]
 
     def spatial(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> Tensor:
         text, num_frames = self.num_text, self.layout.num_frames
         if cache is not None:  # the given frames are complete: nothing will look at their slots here
-            cache.spatial.append(k[:, :, :text], v[:, :, :text])
+            cache.spatial.put(k[:, :, :text], v[:, :, :text], 0)
         text_out = self._attend(q[:, :, :text], k[:, :, :text], v[:, :, :text], self.padding)
         if num_frames == 0:
             return text_out
@@ -126,10 +143,13 @@ class FullAttention:
         return _unfold_windows(self._attend_ranges(plan, q_w, k_w, v_w), plan.slots, frames)
 
     def _attend_ranges(self, plan: TemporalPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = [
-            self._attend(q[:, :, r.queries], k[:, :, : r.num_keys], v[:, :, : r.num_keys], r.bias)
-            for r in plan.ranges
-        ]
+        parts = []
+        for r in plan.ranges:
+            q_r, k_r, v_r = q[:, :, r.queries], k[:, :, : r.num_keys], v[:, :, : r.num_keys]
+            if self.pb_relax:
+                parts.append(relaxed_attend(q_r, k_r, v_r, bias=r.bias, dropout=self.dropout))
+            else:
+                parts.append(self._attend(q_r, k_r, v_r, r.bias))
         return torch.cat(parts, dim=2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,34 +160,17 @@ class FullAttention:
     def _fill(self, cache: KVCache, k: Tensor, v: Tensor, layer: int) -> None:
         text, frames = self.num_text, self.layout.num_frames
         for region, slots in enumerate(region_slots(self.layout, self.window, layer)):
-            cache.append(k[:, :, :text], v[:, :, :text], region)
+            cache.put(k[:, :, :text], v[:, :, :text], 0, region)
             if frames:
                 k_r, v_r = (
                     x[:, :, text:].unflatten(2, (frames, -1))[:, :, :, slots].flatten(2, 3) for x in (k, v)
                 )
-                cache.append(k_r, v_r, region)
+                cache.put(k_r, v_r, text, region)
 
 
-class StepAttention:
-    """One slot per row, against the caches; `bias` is [rows or 1, 1, 1, T + F*S], zero behind the text."""
-
-    num_text = 0
-
-    def __init__(self, *, base_only: bool, bias: Tensor | None, regions: tuple[list[int], ...]) -> None:
-        self.base_only, self.bias, self.regions = base_only, bias, regions
-        self.slot = 0
-
-    def spatial(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> Tensor:
-        assert cache is not None
-        return self._attend(q, *cache.spatial.append(k, v))
-
-    def temporal(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, layer: int) -> Tensor:
-        assert cache is not None
-        region = self.regions[layer % len(self.regions)][self.slot]
-        return self._attend(q, *cache.temporal.append(k, v, region))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, bias=None if self.bias is None else self.bias[..., : k.shape[2]])
+def layer_kinds(layout: SequenceLayout, window: int) -> tuple[bool, ...]:
+    """Whether the windows are shifted, for each kind of layer."""
+    return () if layout.base_only else (False, True) if window else (False,)
 
 
 def region_slots(layout: SequenceLayout, window: int, layer: int) -> list[Tensor]:
@@ -190,21 +193,37 @@ def _spatial_bias(layout: SequenceLayout, text: Tensor | None, like: Tensor) -> 
     return _join(text, own_FSS if layout.num_bidirectional or per_row else own_FSS[:1], like, layout.text_len)
 
 
+def _hidden(
+    layout: SequenceLayout, window: int, extent: tuple[int, int, int], shifted: bool, cyclic: bool
+) -> Tensor:
+    """Slots that do not see each other though they are in one window of `window_slots`, by place and time:
+    bool [W, F, K, F, K]."""
+    slots_WK = window_slots(layout.grid, window, shifted)
+    near_SS = near_slots(layout.grid, window, extent, shifted=shifted)
+    near_WKK = near_SS[slots_WK[:, :, None], slots_WK[:, None]] | (cyclic and window > 0)
+    near_FF = near_frames(layout.frame_times, extent[0])
+    return ~(near_WKK[:, None, :, None] & near_FF[None, :, None, :, None])
+
+
 def _temporal_plan(
-    layout: SequenceLayout, window: int, shifted: bool, text: Tensor | None, like: Tensor, cyclic: bool
+    layout: SequenceLayout,
+    hidden_WFKFK: Tensor,
+    window: int,
+    shifted: bool,
+    text: Tensor | None,
+    like: Tensor,
 ) -> TemporalPlan:
     slots_WK = window_slots(layout.grid, window, shifted)
     size = slots_WK.shape[1]
-    regions_WK = region_ids(layout.grid, window, shifted)[slots_WK].to(like.device)
-    apart = (regions_WK[:, :, None] != regions_WK[:, None]) & (not cyclic)
-    apart_WKK = like.new_zeros(apart.shape).masked_fill(apart, excluded(like.dtype))
     spans = [(0, layout.num_bidirectional)] if layout.num_bidirectional else []
     spans += [(i, i + 1) for i in range(layout.num_bidirectional, layout.num_frames)]
     ranges = []
     for first, last in spans:
-        block = apart_WKK.repeat(1, last - first, last)
+        hidden = hidden_WFKFK[:, first:last, :, :last].flatten(3, 4).flatten(1, 2)
         if last > layout.num_bidirectional:  # a generated frame: its own slots, the last ones, are causal
-            block[:, :, -size:] += like.new_full((size, size), excluded(like.dtype)).triu(1)
+            hidden[:, :, -size:] |= torch.ones(size, size, dtype=torch.bool).triu(1)
+        hidden = hidden.to(like.device)
+        block = like.new_zeros(hidden.shape).masked_fill(hidden, excluded(like.dtype))
         queries = slice(first * size, last * size)
         bias = _join(text, block, like, layout.text_len)
         ranges.append(KeyRange(queries=queries, num_keys=layout.text_len + last * size, bias=bias))

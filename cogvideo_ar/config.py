@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-TemporalChannel = Literal["none", "full", "window"]
+TemporalChannel = Literal["none", "full", "window", "local"]
 Compat = Literal["release", "exact"]
 CodebookUpdate = Literal["ema", "gradient"]  # moving averages, or the quantiser's loss
 SuperResolutionKind = Literal["direct", "iterative"]
+PromptLanguage = Literal["any", "zh"]  # "any" asks nothing of a prompt
 
 
 def require(condition: bool, message: str) -> None:
@@ -44,6 +45,8 @@ class TransformerConfig:
     num_frames: int = 5
     temporal: TemporalChannel = "full"
     window: int = 0  # side of the square windows of temporal="window", shifted by half on odd layers
+    extent: tuple[int, int, int] = (0, 0, 0)  # (frames, rows, columns) of temporal="local": nearer than that
+    pb_relax: bool = False  # training's temporal scores stay in the range of float16 (CogView's PB-relax)
     layernorm_eps: float = 1e-5
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -64,6 +67,7 @@ class TransformerConfig:
             )
         self._check_positions()
         self._check_window()
+        self._check_extent()
 
     def _check_positions(self) -> None:
         needed = self.image_position_offset + self.frame_len
@@ -84,6 +88,12 @@ class TransformerConfig:
             return
         fits = self.window > 0 and all(side % self.window == 0 for side in self.grid)
         require(fits, f"window must divide the grid {self.grid}, got {self.window}")
+
+    def _check_extent(self) -> None:
+        if self.temporal != "local":
+            require(not any(self.extent), f'extent {self.extent} needs temporal="local"')
+            return
+        require(min(self.extent) >= 1, f"extent must be >= 1 frames, rows and columns, got {self.extent}")
 
     @property
     def hidden_size(self) -> int:
@@ -154,13 +164,16 @@ class VQVAEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTemplates:
-    """Texts of the stages; {prompt} and {duration} (seconds that five frames span) are filled in."""
+    """Texts of the stages; {prompt} and {duration} (seconds that five frames span) are filled in. `language`
+    is that of the prompts that the model was trained with."""
 
+    language: PromptLanguage = "any"
     first_frame: str = "{prompt} 高清摄影"
     keyframes: str = "{duration}秒<n>{prompt}"
     keyframes_guided: str = "{duration}秒<n>{prompt} 视频"
     keyframes_guider: str = "{duration}秒<n>视频"
     interpolation: str = "{duration}秒<n>{prompt}"
+    interpolation_guider: str = "{duration}秒<n>视频"
     super_resolution: str = "{prompt}"
 
 
@@ -180,18 +193,39 @@ class CogLMConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Oddities:
+    """What the released inference does otherwise than its training, one switch each (docs/quirks.md); with
+    none, cached generation equals the training forward."""
+
+    cyclic_prefill_windows: bool = False  # given frames see across their borders on odd layers
+    temporal_text_bias_decode_only: bool = False  # the temporal channel of a prefill has no text weight
+    interpolation_guider_offset: bool = False  # the guider's given frames begin where the longer text ends
+    short_text_cache: bool = False  # the caches have room for 74 text tokens, whatever the text
+
+
+SANE = Oddities()
+RELEASED = Oddities(
+    cyclic_prefill_windows=True,
+    temporal_text_bias_decode_only=True,
+    interpolation_guider_offset=True,
+    short_text_cache=True,
+)
+RELEASED_TEXT_ROOM = 74  # tokens; see `Oddities.short_text_cache`
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How tokens are drawn.
 
-    `compat="release"` keeps the oddities of the released inference code: given frames of the interpolation
-    see across the frame's borders on odd layers, the temporal channel of a prefill ignores the text weight,
-    and the first frame's last token is drawn with `default` instead of `first_frame`. "exact" makes cached
-    generation equal to the training forward.
+    `compat="release"` keeps the oddities of the released inference code: all of `Oddities`, and the first
+    frame's last token is drawn with `default` instead of `first_frame`. "exact" makes cached generation equal
+    to the training forward.
     """
 
     first_frame: CogLMConfig = CogLMConfig(temperature=1.0, top_k=16)
     default: CogLMConfig = CogLMConfig()
     guidance_alpha: float = 3.0  # 1 turns guidance of the key frames off
+    interpolation_guidance_alpha: float = 1.0  # 1: none, as released
     log_text_attention_weights: float = 1.4  # added to frame -> text scores wherever there is no guidance
     keyframe_duration: float = 4.0  # seconds that the key frames span
     interpolation_durations: tuple[float, ...] = (2.0, 1.0, 0.5)  # one round each, halving the frame distance
@@ -286,6 +320,7 @@ class CogVideoConfig:
     interpolation: TransformerConfig
     vqvae: VQVAEConfig
     super_resolution: SuperResolutionConfig | None = None  # None: the frames stay as small as they are made
+    refinement: SuperResolutionConfig | None = None  # iterative, of what the direct one made; where asked for
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -320,8 +355,23 @@ def cogvideo() -> CogVideoConfig:
         keyframes=keyframes,
         interpolation=replace(keyframes, temporal="window", window=10),
         vqvae=VQVAEConfig(),
-        sampling=SamplingConfig(compat="release"),
+        sampling=SamplingConfig(compat="release", prompts=PromptTemplates(language="zh")),
     )
+
+
+def cogvideo_window() -> CogVideoConfig:
+    """The release's sizes with windows in both stages: the release trains such key frames and cannot sample
+    them. Here a key frame starts before the one before it is done (`wavefront`)."""
+    config = cogvideo()
+    return replace(config, keyframes=config.interpolation, sampling=SamplingConfig())
+
+
+def cogvideo_local() -> CogVideoConfig:
+    """The release's sizes with the paper's 3D local attention in both stages, which the release has not: all
+    five frames, 9 x 9 slots around a slot (the paper gives no extent; these cover about a window of 10)."""
+    config = cogvideo()
+    local = replace(config.keyframes, temporal="local", extent=(5, 5, 5))
+    return replace(config, keyframes=local, interpolation=local, sampling=SamplingConfig())
 
 
 def cogvideo_demo() -> CogVideoConfig:
@@ -365,6 +415,7 @@ def cogvideo_demo() -> CogVideoConfig:
             first_frame="{prompt}",
             keyframes_guided="{duration}秒<n>{prompt}",
             keyframes_guider="{duration}秒<n>",
+            interpolation_guider="{duration}秒<n>",
         ),
     )
     return CogVideoConfig(
@@ -375,4 +426,9 @@ def cogvideo_demo() -> CogVideoConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], CogVideoConfig]] = {"cogvideo": cogvideo, "cogvideo-demo": cogvideo_demo}
+PRESETS: dict[str, Callable[[], CogVideoConfig]] = {
+    "cogvideo": cogvideo,
+    "cogvideo-window": cogvideo_window,
+    "cogvideo-local": cogvideo_local,
+    "cogvideo-demo": cogvideo_demo,
+}

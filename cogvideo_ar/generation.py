@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cogvideo_ar.config import CogLMConfig, SamplingConfig
-from cogvideo_ar.layout import SequenceLayout, frame_slots, pad_text
+from cogvideo_ar.config import RELEASED, SANE, CogLMConfig, SamplingConfig
+from cogvideo_ar.layout import SequenceLayout, frame_slots, offset_slots, pad_text
 from cogvideo_ar.sampling import CogLMSampler, guide
 from cogvideo_ar.transformer import CogVideoTransformer, DecodeState
 
@@ -122,6 +122,18 @@ def prefill(
         raise ValueError(f"expected {wanted} texts for {len(given_BGS)} samples, got {len(texts)}")
     ids_RT, valid_RT = pad_prompts(texts, model)
     given = frame_slots(given_BGS, model.config.start_of_image).repeat(groups, 1)
+    if release and groups == 2 and layout.given_bidirectional:
+        # Quirk(interpolation_guider_offset): given frames begin where the conditional text ends
+        cond, guider = (
+            torch.tensor([*map(len, part)]) for part in (texts[: wanted // 2], texts[wanted // 2 :])
+        )
+        offsets_B = (cond - guider).clamp(min=0).to(given.device)
+        given[wanted // 2 :] = offset_slots(given_BGS, offsets_B, model.config.start_of_image)
     return model.start(
-        ids_RT, given, layout, text_valid_BT=valid_RT, text_weight=text_weight, release=release
+        ids_RT,
+        given,
+        layout,
+        text_valid_BT=valid_RT,
+        text_weight=text_weight,
+        oddities=RELEASED if release else SANE,
     )

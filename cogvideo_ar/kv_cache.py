@@ -1,4 +1,4 @@
-"""Keys and values of earlier positions: allocated once, filled from left to right, never copied.
+"""Keys and values of earlier positions: allocated once, filled by place, read without a copy where possible.
 
 Legend: B rows, N heads, S positions, D head dim.
 """
@@ -19,20 +19,12 @@ class KVCache:
 
     def __init__(self, rows: int, num_heads: int, head_dim: int, region_sizes: Sequence[int], like: Tensor):
         self.starts = [0, *accumulate(region_sizes)]
-        self.lengths = [0] * len(region_sizes)
         self.kv = torch.empty(
             2, rows, num_heads, self.starts[-1], head_dim, dtype=like.dtype, device=like.device
         )
 
-    def append(self, k_BNSD: Tensor, v_BNSD: Tensor, region: int = 0) -> tuple[Tensor, Tensor]:
-        """Store behind what the region holds; returns all of it, new positions included, as views."""
-        end = self.lengths[region] + k_BNSD.shape[2]
-        self.put(k_BNSD, v_BNSD, self.lengths[region], region)
-        self.lengths[region] = end
-        return self.first(end, region)
-
     def put(self, k_BNSD: Tensor, v_BNSD: Tensor, position: int, region: int = 0) -> None:
-        """Store at `position` of the region, which may leave a gap before it."""
+        """Store at `position` of the region, over what may be there; a gap may be left before it."""
         start, end = self.starts[region] + position, position + k_BNSD.shape[2]
         if (size := self.starts[region + 1] - self.starts[region]) < end:
             raise ValueError(f"cache region of {size} positions cannot hold {end}")
@@ -44,14 +36,15 @@ class KVCache:
         places = slice(self.starts[region], self.starts[region] + length)
         return self.kv[0, :, :, places], self.kv[1, :, :, places]
 
-    def truncate(self, length: int, region: int = 0) -> None:
-        """Forget all positions of the region from `length` on."""
-        self.lengths[region] = min(length, self.lengths[region])
+    def take(self, positions_S: Tensor, region: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of these positions of the region, copied."""
+        k, v = self.kv.index_select(3, self.starts[region] + positions_S).unbind(0)
+        return k, v
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """Both channels of one layer."""
 
-    spatial: KVCache  # text | slots of the current frame
+    spatial: KVCache  # text | slots of the current frame; one region for each frame that is under way
     temporal: KVCache  # per region: text | slots of all frames

@@ -98,9 +98,12 @@ def image_layout(config: TransformerConfig, text_len: int) -> SequenceLayout:
     return _layout(config, text_len, frame_times=(0,), base_only=True)
 
 
-def keyframe_layout(config: TransformerConfig, text_len: int) -> SequenceLayout:
-    """Stage 1: all frames in time order, the first one given."""
-    return _layout(config, text_len, frame_times=tuple(range(config.num_frames)), num_given=1)
+def keyframe_layout(
+    config: TransformerConfig, text_len: int, *, num_frames: int | None = None, num_given: int = 1
+) -> SequenceLayout:
+    """Stage 1: `num_frames` frames (default: as trained) in time order, the first ones given."""
+    times = range(config.num_frames if num_frames is None else num_frames)
+    return _layout(config, text_len, frame_times=tuple(times), num_given=num_given)
 
 
 def interpolation_layout(config: TransformerConfig, text_len: int) -> SequenceLayout:
@@ -176,6 +179,16 @@ def frame_slots(frames_BFS: Tensor, start_of_image: int) -> Tensor:
     return torch.cat([starts, frames_BFS[:, :, :-1]], dim=2).flatten(1)
 
 
+def offset_slots(frames_BFS: Tensor, offsets_B: Tensor, start_of_image: int) -> Tensor:
+    """`frame_slots` of frames that were written `offsets_B` places too late; -1 where nothing is, and what
+    falls off the end is lost (the guider of the released interpolation)."""
+    flat_BJ = frames_BFS.flatten(1)
+    source_BJ = torch.arange(flat_BJ.shape[1], device=flat_BJ.device) - 1 - offsets_B[:, None]
+    slots_BJ = flat_BJ.gather(1, source_BJ.clamp(min=0)).masked_fill(source_BJ < 0, -1)
+    slots_BJ[:, :: frames_BFS.shape[2]] = start_of_image
+    return slots_BJ
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
     """What a training step needs; frames stand in the order of the layout's sequence."""
@@ -214,7 +227,30 @@ def training_batch(
     )
 
 
-# ---- windows of the temporal channel
+# ---- reach of the temporal channel
+
+
+@torch.inference_mode(False)  # what is kept must serve training too, whoever asks first
+def near_slots(
+    grid: tuple[int, int], window: int, extent: tuple[int, int, int] = (0, 0, 0), *, shifted: bool = False
+) -> Tensor:
+    """Which slots see each other across space, bool [S, S]: those of one window, or nearer than `extent`
+    rows and columns (the paper's 3D local attention); 0 sets no limit."""
+    ids_S = region_ids(grid, window, shifted)
+    near_SS = ids_S[:, None] == ids_S
+    places = torch.arange(grid[0]).repeat_interleave(grid[1]), torch.arange(grid[1]).repeat(grid[0])
+    for place_S, limit in zip(places, extent[1:], strict=True):
+        if limit:
+            near_SS &= (place_S[:, None] - place_S).abs() < limit
+    return near_SS
+
+
+@torch.inference_mode(False)
+def near_frames(times: tuple[int, ...], limit: int) -> Tensor:
+    """Which frames are nearer in display time than `limit` frames, bool [F, F]; 0 sets no limit."""
+    times_F = torch.tensor(times, dtype=torch.long)
+    apart_FF = (times_F[:, None] - times_F).abs()
+    return apart_FF < limit if limit else apart_FF >= 0
 
 
 @lru_cache(maxsize=64)

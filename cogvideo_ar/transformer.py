@@ -15,16 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideo_ar.attention import (
-    AttentionContext,
-    FullAttention,
-    StepAttention,
-    region_slots,
-    text_bias,
-)
-from cogvideo_ar.config import BlockConfig, TransformerConfig
+from cogvideo_ar.attention import AttentionContext, FullAttention, region_slots
+from cogvideo_ar.config import RELEASED_TEXT_ROOM, SANE, BlockConfig, Oddities, TransformerConfig
 from cogvideo_ar.kv_cache import KVCache, LayerCache
-from cogvideo_ar.layout import SequenceLayout, region_ids, text_positions
+from cogvideo_ar.layout import SequenceLayout, text_positions
+from cogvideo_ar.slot_attention import Place, SlotAttention
 
 
 class Channel(nn.Module):
@@ -113,7 +108,7 @@ class DecodeState:
 
     layout: SequenceLayout
     caches: list[LayerCache]
-    context: StepAttention
+    context: SlotAttention
     positions: Tensor  # position embeddings of all slots [F*S, C]
     next_slot: int = 0  # counted over all frames
 
@@ -166,17 +161,26 @@ class CogVideoTransformer(nn.Module):
         context = FullAttention(
             layout,
             window=self.config.window,
+            extent=self.config.extent,
             like=x_BLC,
             text_valid_BT=text_valid_BT,
             text_weight=text_weight,
+            pb_relax=self.config.pb_relax and self.training,
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
         for block in self.blocks:
             x_BLC = block(x_BLC, context)
         return self.final_norm(x_BLC)
 
-    def embed(self, tokens_BL: Tensor, layout: SequenceLayout, text_valid_BT: Tensor | None) -> Tensor:
-        """Word plus position embeddings [B, L, C]."""
+    def embed(
+        self,
+        tokens_BL: Tensor,
+        layout: SequenceLayout,
+        text_valid_BT: Tensor | None,
+        *,
+        blanks: bool = False,
+    ) -> Tensor:
+        """Word plus position embeddings [B, L, C]; `blanks` lets ids below 0 stand for no word."""
         if tokens_BL.shape[1] != layout.length:
             raise ValueError(f"expected {layout.length} tokens per row, got {tokens_BL.shape[1]}")
         device = tokens_BL.device
@@ -187,7 +191,10 @@ class CogVideoTransformer(nn.Module):
         text = self.position_embeddings(text_ids).expand(tokens_BL.shape[0], -1, -1)
         slots = self.position_rows(layout.slot_positions().to(device))
         positions_BLC = torch.cat([text, slots.expand(tokens_BL.shape[0], -1, -1)], dim=1)
-        return self.dropout(self.word_embeddings(tokens_BL) + positions_BLC)
+        words_BLC = self.word_embeddings(tokens_BL.clamp(min=0) if blanks else tokens_BL)
+        if blanks:
+            words_BLC = words_BLC.masked_fill((tokens_BL < 0)[..., None], 0.0)
+        return self.dropout(words_BLC + positions_BLC)
 
     def position_rows(self, ids: Tensor) -> Tensor:
         """Rows of the base table, or, from the second frame on, of the extra one."""
@@ -217,61 +224,61 @@ class CogVideoTransformer(nn.Module):
         *,
         text_valid_BT: Tensor | None = None,
         text_weight: float = 0.0,
-        release: bool = False,
+        oddities: Oddities = SANE,
     ) -> DecodeState:
-        """Prefill: text and the slots of the given frames [B, G*S] enter the caches.
-
-        `release=True` keeps two oddities of the released code (see `SamplingConfig.compat`).
-        """
+        """Prefill: text and the slots of the given frames [B, G*S] enter the caches."""
         num_given = given_BL.shape[1] // layout.frame_len
         prefix = layout.prefix(num_given)
-        x_BLC = self.embed(torch.cat([text_BT, given_BL], dim=1), prefix, text_valid_BT)
-        state = self._decode_state(layout, x_BLC, text_valid_BT, text_weight)
+        tokens_BL = torch.cat([text_BT, given_BL], dim=1)
+        x_BLC = self.embed(tokens_BL, prefix, text_valid_BT, blanks=oddities.interpolation_guider_offset)
         # Quirk(temporal_text_bias_decode_only), Quirk(cyclic_prefill_windows)
         context = FullAttention(
             prefix,
             window=self.config.window,
+            extent=self.config.extent,
             like=x_BLC,
             text_valid_BT=text_valid_BT,
             text_weight=text_weight,
-            text_weight_temporal=0.0 if release else None,
-            cyclic=release,
+            text_weight_temporal=0.0 if oddities.temporal_text_bias_decode_only else None,
+            cyclic=oddities.cyclic_prefill_windows,
+        )
+        steps = SlotAttention(
+            layout,
+            window=self.config.window,
+            extent=self.config.extent,
+            like=x_BLC,
+            text_valid_BT=text_valid_BT,
+            text_weight=text_weight,
+            text_room=RELEASED_TEXT_ROOM if oddities.short_text_cache else None,
+        )
+        state = DecodeState(
+            layout=layout,
+            caches=[self._layer_cache(layout, x_BLC, layer) for layer in range(self.config.num_layers)],
+            context=steps,
+            positions=self.position_rows(layout.slot_positions().to(x_BLC.device)),
+            next_slot=num_given * layout.frame_len,
         )
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x_BLC = block(x_BLC, context, cache)
-        state.next_slot = num_given * layout.frame_len
         return state
 
-    @torch.inference_mode()
     def step(self, tokens_B: Tensor, state: DecodeState) -> Tensor:
         """Feed the next slot's token (start-of-image first in every frame); logits of its image token [B,
         V], float32 unless the model is float64."""
-        state.context.slot = state.next_slot % state.layout.frame_len
-        if state.context.slot == 0:
-            for cache in state.caches:
-                cache.spatial.truncate(state.layout.text_len)
-        x_B1C = self.word_embeddings(tokens_B)[:, None] + state.positions[state.next_slot]
-        for block, cache in zip(self.blocks, state.caches, strict=True):
-            x_B1C = block(x_B1C, state.context, cache)
+        place = divmod(state.next_slot, state.layout.frame_len)
         state.next_slot += 1
-        logits_BV = self.image_logits(self.final_norm(x_B1C[:, 0]))
-        return logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+        return self.feed(tokens_B[:, None], (place,), state)[:, 0]
 
-    def _decode_state(
-        self, layout: SequenceLayout, like: Tensor, text_valid_BT: Tensor | None, text_weight: float
-    ) -> DecodeState:
-        bias = text_bias(text_valid_BT, layout.text_len, text_weight, like)
-        if bias is not None:
-            bias = F.pad(bias, (0, layout.length - layout.text_len))
-        window = self.config.window
-        kinds = (False, True) if window else (False,)
-        regions = tuple(region_ids(layout.grid, window, shifted).tolist() for shifted in kinds)
-        return DecodeState(
-            layout=layout,
-            caches=[self._layer_cache(layout, like, layer) for layer in range(self.config.num_layers)],
-            context=StepAttention(base_only=layout.base_only, bias=bias, regions=regions),
-            positions=self.position_rows(layout.slot_positions().to(like.device)),
-        )
+    @torch.inference_mode()
+    def feed(self, tokens_BP: Tensor, wave: tuple[Place, ...], state: DecodeState) -> Tensor:
+        """Feed one slot's token of each of several frames; logits [B, P, V], as `step`'s."""
+        state.context.aim(wave)
+        rows = [frame * state.layout.frame_len + slot for frame, slot in wave]
+        x_BPC = self.word_embeddings(tokens_BP) + state.positions[rows]
+        for block, cache in zip(self.blocks, state.caches, strict=True):
+            x_BPC = block(x_BPC, state.context, cache)
+        logits_BPV = self.image_logits(self.final_norm(x_BPC))
+        return logits_BPV if logits_BPV.dtype == torch.float64 else logits_BPV.float()
 
     def _layer_cache(self, layout: SequenceLayout, like: Tensor, layer: int) -> LayerCache:
         shape = (like.shape[0], self.config.num_heads, self.config.head_dim)

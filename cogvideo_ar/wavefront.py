@@ -1,9 +1,10 @@
-"""Exact parallel decoding of the windowed temporal channel: a frame starts before the one before it is done.
+"""Exact parallel decoding: with a limited temporal channel a frame starts before the one before it is done.
 
-With windows a slot depends on a part of the earlier frames only. How far that part reaches follows from the
-masks, taken through all layers; every slot is then fed in the first step in which all that it depends on has
-been fed (or is fed beside it). No token can tell the difference from one slot at a time. The paper's bound
-for the same idea (its section on parallel generation) allows nothing at the released sizes.
+With windows, or 3D local attention, a slot depends on a part of the earlier frames only. How far that part
+reaches follows from the masks, taken through all layers; every slot is then fed in the first step in which
+all that it depends on has been fed (or is fed beside it). No token can tell the difference from one slot at a
+time. The paper's bound for the same idea (its section on parallel generation) allows nothing at the released
+sizes.
 
 Legend: G generated frames, S slots of a frame, B samples, R rows = B or 2B, P slots of a wave, N heads, D
 head dim, V image tokens.
@@ -13,58 +14,77 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from cogvideo_ar.attention import region_slots
-from cogvideo_ar.config import TransformerConfig
+from cogvideo_ar.config import CogVideoConfig, TransformerConfig
 from cogvideo_ar.generation import Sample, prefill
 from cogvideo_ar.kv_cache import KVCache, LayerCache
-from cogvideo_ar.layout import SequenceLayout, region_ids
+from cogvideo_ar.layout import (
+    SequenceLayout,
+    image_layout,
+    interpolation_layout,
+    keyframe_layout,
+    near_slots,
+)
 from cogvideo_ar.sampling import guide
-from cogvideo_ar.transformer import CogVideoTransformer, DecodeState
-from shared.attention import attend
-
-Place = tuple[int, int]  # (frame in the order of the sequence, slot)
-
+from cogvideo_ar.slot_attention import Place
+from cogvideo_ar.transformer import CogVideoTransformer
 
 # ---- what depends on what
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what is kept must serve everybody, whoever asks first
-def dependencies(grid: tuple[int, int], window: int, num_layers: int, num_frames: int) -> Tensor:
+def dependencies(
+    grid: tuple[int, int],
+    window: int,
+    num_layers: int,
+    num_frames: int,
+    extent: tuple[int, int, int] = (0, 0, 0),
+    spacing: int = 1,
+) -> Tensor:
     """Whether a slot's logits depend on a slot of the frame d before it, bool [d, S, S] for d < num_frames.
 
-    `window` 0 is the full temporal channel. Frames see the frames before them, and themselves causally.
+    Frames see the frames before them, and themselves causally; they stand `spacing` apart in display time.
+    `window` and `extent` are the temporal channel's, 0 is no limit.
     """
     size = grid[0] * grid[1]
     reach_DSS = torch.zeros(num_frames, size, size)
     reach_DSS[0] = torch.eye(size)
+    farthest = (extent[0] - 1) // spacing if extent[0] else num_frames
     unchanged = 0
     for layer in reversed(range(num_layers)):
-        regions = region_ids(grid, window, shifted=bool(layer % 2))
+        near_SS = near_slots(grid, window, extent, shifted=bool(layer % 2)).float()
         before = reach_DSS
-        reach_DSS = _one_layer_down(before, (regions[:, None] == regions).float())
+        reach_DSS = _one_layer_down(before, near_SS, farthest)
         unchanged = unchanged + 1 if torch.equal(reach_DSS, before) else 0
         if unchanged == 2:  # neither kind of layer adds anything
             break
     return reach_DSS > 0
 
 
-def _one_layer_down(reach_DSS: Tensor, same_region_SS: Tensor) -> Tensor:
-    """Follow every dependency through one more layer: to earlier slots of its frame, and to the same region
-    of earlier frames."""
-    own = reach_DSS @ torch.ones_like(same_region_SS).tril()
-    later_DSS = reach_DSS.cumsum(0)[:-1]  # what is reached in any frame behind
-    own[1:] += later_DSS @ same_region_SS
+def _one_layer_down(reach_DSS: Tensor, near_SS: Tensor, farthest: int) -> Tensor:
+    """Follow every dependency through one more layer: to earlier slots of its frame, and to near slots of the
+    `farthest` frames before it."""
+    own = reach_DSS @ torch.ones_like(near_SS).tril()
+    for frame in range(1, len(own)):
+        own[frame] += reach_DSS[max(0, frame - farthest) : frame].sum(0) @ near_SS
     return (own > 0).float()
 
 
-def last_needed(grid: tuple[int, int], window: int, num_layers: int, num_frames: int) -> Tensor:
+def last_needed(
+    grid: tuple[int, int],
+    window: int,
+    num_layers: int,
+    num_frames: int,
+    extent: tuple[int, int, int] = (0, 0, 0),
+    spacing: int = 1,
+) -> Tensor:
     """The last slot of the frame d before it that a slot depends on [d, S]; -1: none."""
-    needed_DSS = dependencies(grid, window, num_layers, num_frames)
+    needed_DSS = dependencies(grid, window, num_layers, num_frames, extent, spacing)
     return (needed_DSS * torch.arange(1, needed_DSS.shape[2] + 1)).amax(2) - 1
 
 
@@ -93,13 +113,24 @@ class Schedule:
 def wavefront_schedule(config: TransformerConfig, layout: SequenceLayout) -> Schedule:
     """The earliest possible schedule of the frames behind the given ones."""
     frames = range(layout.num_given, layout.num_frames)
-    needed = last_needed(layout.grid, config.window, config.num_layers, max(1, len(frames))).tolist()
+    window, extent = (0, (0, 0, 0)) if layout.base_only else (config.window, config.extent)
+    spacing = _spacing(layout.frame_times[layout.num_given :])
+    num_frames = max(1, len(frames))
+    needed = last_needed(layout.grid, window, config.num_layers, num_frames, extent, spacing).tolist()
     steps = _earliest_steps(needed, len(frames))
     waves: list[list[Place]] = [[] for _ in range(1 + max(row[-1] for row in steps))] if steps else []
     for frame, row in zip(frames, steps, strict=True):
         for slot, step in enumerate(row):
             waves[step].append((frame, slot))
     return Schedule(waves=tuple(map(tuple, waves)))
+
+
+def _spacing(times: tuple[int, ...]) -> int:
+    """Frames of display time between neighbours; ValueError where they do not stand evenly."""
+    gaps = {after - before for before, after in pairwise(times)}
+    if len(gaps) > 1:
+        raise ValueError(f"frames at {times} are not evenly spaced")
+    return gaps.pop() if gaps else 1
 
 
 def _earliest_steps(needed: list[list[int]], num_frames: int) -> list[list[int]]:
@@ -115,60 +146,20 @@ def _earliest_steps(needed: list[list[int]], num_frames: int) -> list[list[int]]
     return steps
 
 
+def sequential_steps(config: CogVideoConfig) -> dict[str, int]:
+    """Steps one after the other for a video, by stage: the rounds of the interpolation count once each, as
+    their gaps are filled side by side."""
+    keyframes, interpolation = config.keyframes, config.interpolation
+    steps = {
+        "first frame": wavefront_schedule(keyframes, image_layout(keyframes, 0)).num_steps,
+        "key frames": wavefront_schedule(keyframes, keyframe_layout(keyframes, 0)).num_steps,
+    }
+    round_steps = wavefront_schedule(interpolation, interpolation_layout(interpolation, 0)).num_steps
+    rounds = enumerate(config.sampling.interpolation_durations, start=1)
+    return steps | {f"round {number}": round_steps for number, _ in rounds}
+
+
 # ---- decoding
-
-
-class WaveAttention:
-    """One slot of each of several frames per row, against caches that are filled by place.
-
-    What a slot may see is a prefix of its cache region: frames behind it may already be there, further on.
-    """
-
-    num_text = 0
-
-    def __init__(self, state: DecodeState, window: int) -> None:
-        self.layout, self.bias = state.layout, state.context.bias
-        self.base_only = state.layout.base_only
-        kinds = range(2 if window else 1)
-        self.tables = [] if self.base_only else [_places(state.layout, window, kind) for kind in kinds]
-        self.wave: tuple[Place, ...] = ()
-
-    def spatial(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> Tensor:
-        """Every generated frame has a region of its own: text | slots."""
-        assert cache is not None
-        text, first = self.layout.text_len, self.layout.num_given
-        places = [(frame - first, text + slot) for frame, slot in self.wave]
-        return self._attend(q, k, v, cache.spatial, places)
-
-    def temporal(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, layer: int) -> Tensor:
-        assert cache is not None
-        table = self.tables[layer % len(self.tables)]
-        places = []
-        for frame, slot in self.wave:
-            region, rank, size = table[slot]
-            places.append((region, self.layout.text_len + frame * size + rank))
-        return self._attend(q, k, v, cache.temporal, places)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, places: list[tuple[int, int]]
-    ) -> Tensor:
-        """[R, N, P, D]; all keys are stored first, as a frame may see one that is fed beside it."""
-        for i, (region, position) in enumerate(places):
-            cache.put(k[:, :, i : i + 1], v[:, :, i : i + 1], position, region)
-        outs = []
-        for i, (region, position) in enumerate(places):
-            bias = None if self.bias is None else self.bias[..., : position + 1]
-            outs.append(attend(q[:, :, i : i + 1], *cache.first(position + 1, region), bias=bias))
-        return torch.cat(outs, dim=2)
-
-
-def _places(layout: SequenceLayout, window: int, layer: int) -> list[tuple[int, int, int]]:
-    """(region, rank in the region, size of the region) of every slot."""
-    table = [(0, 0, 0)] * layout.frame_len
-    for region, slots in enumerate(region_slots(layout, window, layer)):
-        for rank, slot in enumerate(slots.tolist()):
-            table[slot] = (region, rank, len(slots))
-    return table
 
 
 @torch.inference_mode()
@@ -190,15 +181,15 @@ def generate_tokens_in_waves(
         raise ValueError(f"the layout has {layout.num_given} given frames, got {num_given}")
     groups = 1 if guidance_alpha is None else 2
     state = prefill(model, layout, texts, given_BGS, groups=groups, text_weight=text_weight, release=release)
-    state.caches = [_with_lanes(cache, layout) for cache in state.caches]
-    context = WaveAttention(state, model.config.window)
+    state.context.num_lanes = max(1, layout.num_frames - layout.num_given)
+    state.caches = [_with_lanes(cache, layout, state.context.num_lanes) for cache in state.caches]
     # one slot longer: behind a frame's last token comes the next frame's start-of-image
     frames_BFS = given_BGS.new_empty(num_samples, layout.num_frames, 1 + frame_len)
     frames_BFS[:, :, 0] = model.config.start_of_image
     frames_BFS[:, :num_given, 1:] = given_BGS
     for wave in wavefront_schedule(model.config, layout).waves:
         frames, slots = (list(part) for part in zip(*wave, strict=True))
-        logits_RPV = _step(model, frames_BFS[:, frames, slots].repeat(groups, 1), wave, state, context)
+        logits_RPV = model.feed(frames_BFS[:, frames, slots].repeat(groups, 1), wave, state)
         if guidance_alpha is not None:
             logits_RPV = guide(logits_RPV[:num_samples], logits_RPV[num_samples:], guidance_alpha)
         for (frame, slot), logits_BV in zip(wave, logits_RPV.unbind(1), strict=True):
@@ -207,27 +198,9 @@ def generate_tokens_in_waves(
     return frames_BFS[:, :, 1:]
 
 
-def _step(
-    model: CogVideoTransformer,
-    tokens_RP: Tensor,
-    wave: tuple[Place, ...],
-    state: DecodeState,
-    context: WaveAttention,
-) -> Tensor:
-    """Feed one slot of each of several frames; logits [R, P, V], float32 unless the model is float64."""
-    context.wave = wave
-    rows = [frame * state.layout.frame_len + slot for frame, slot in wave]
-    x_RPC = model.word_embeddings(tokens_RP) + state.positions[rows]
-    for block, cache in zip(model.blocks, state.caches, strict=True):
-        x_RPC = block(x_RPC, context, cache)
-    logits_RPV = model.image_logits(model.final_norm(x_RPC))
-    return logits_RPV if logits_RPV.dtype == torch.float64 else logits_RPV.float()
-
-
-def _with_lanes(cache: LayerCache, layout: SequenceLayout) -> LayerCache:
+def _with_lanes(cache: LayerCache, layout: SequenceLayout, num_lanes: int) -> LayerCache:
     """The spatial channel with a region for each generated frame instead of one for the current frame."""
     _, rows, num_heads, _, head_dim = cache.spatial.kv.shape
-    num_lanes = max(1, layout.num_frames - layout.num_given)
     sizes = [layout.text_len + layout.frame_len] * num_lanes
     lanes = KVCache(rows, num_heads, head_dim, sizes, cache.spatial.kv)
     for lane in range(num_lanes):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cogvideo_ar.attention import FullAttention
-from cogvideo_ar.config import TransformerConfig
+from cogvideo_ar.config import Oddities, TransformerConfig
 from cogvideo_ar.kv_cache import KVCache
 from cogvideo_ar.layout import (
     SequenceLayout,
@@ -160,7 +160,8 @@ def test_quirk_temporal_text_bias_decode_only():
     slots = frame_slots(frames, config.start_of_image)[:, : layout.frame_len]
 
     def next_logits(weight: float, release: bool) -> Tensor:
-        state = model.start(text, slots, layout, text_weight=weight, release=release)
+        oddities = Oddities(temporal_text_bias_decode_only=release)
+        state = model.start(text, slots, layout, text_weight=weight, oddities=oddities)
         return model.step(torch.tensor([config.start_of_image]), state)
 
     assert torch.equal(next_logits(0.0, True), next_logits(0.0, False))
@@ -249,11 +250,10 @@ def test_losses():
 def test_cache_regions():
     cache = KVCache(1, 1, 2, [2, 3], torch.empty(0))
     one, two = torch.ones(1, 1, 1, 2), torch.full((1, 1, 2, 2), 2.0)
-    cache.append(one, one, 0)
-    k, v = cache.append(two, -two, 1)
+    cache.put(one, one, 0)
+    cache.put(two, -two, 1, region=1)
+    assert cache.first(1)[0].tolist() == one.tolist()
+    k, v = cache.take(torch.tensor([2, 1]), region=1)
     assert k.tolist() == two.tolist() and v.tolist() == (-two).tolist()
-    assert cache.append(one, one, 0)[0].shape[2] == 2
     with pytest.raises(ValueError, match="region of 2 positions cannot hold 3"):
-        cache.append(one, one, 0)
-    cache.truncate(1, region=1)
-    assert cache.append(3 * one, one, 1)[0][0, 0, :, 0].tolist() == [2.0, 3.0]
+        cache.put(two, two, 1)
