@@ -1,6 +1,7 @@
 """Model folders in our layout, in diffusers' and in SAT's, told apart by content; configuration first.
 
-Ours: config.json, transformer.safetensors, vae.safetensors, text_encoder.safetensors, tokenizer/spiece.model.
+Ours: config.json, transformer.safetensors, vae.safetensors, text_encoder.safetensors, tokenizer/spiece.model;
+or config.json and a difference from another such folder (see `delta`).
 diffusers: model_index.json and a folder per part; a configuration of ours beside them is preferred, since
 diffusers' own files know neither frame rates nor legal lengths. SAT: see `sat_layout`.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from cogvideox_diff.checkpoints import DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE
 from cogvideox_diff.config import CogVideoXConfig
+from cogvideox_diff.delta import apply_delta
 from cogvideox_diff.diffusers_config import PIECES, config_from_diffusers, diffusers_configs, pipeline_index
 from cogvideox_diff.sat_layout import TEXT_FOLDER, is_sat, read_sat, sat_config
 from cogvideox_diff.text_encoder import T5TextEncoder
@@ -33,7 +35,10 @@ from shared.runtime import parse_dtype
 
 FAMILY = "cogvideox_diff"
 FORMAT = 1
-DEMO = Path(__file__).parent / "demo"
+DEMOS = {
+    "demo": Path(__file__).parent / "demo",
+    "demo-i2v": Path(__file__).parent / "demo" / "image_to_video",
+}
 OUR_CONFIG = "config.json"
 FOREIGN_CONFIG = "cogvideox_diff.json"  # ours, in a diffusers folder
 DIFFUSERS_INDEX = "model_index.json"
@@ -51,10 +56,11 @@ class ModelFolder:
     layout: Layout
     config: CogVideoXConfig
     trained_dtype: torch.dtype  # what the model computes in unless another is asked for
+    base: Path | None = None  # ours: the folder that this one differs from in its transformer
 
     @property
     def tokenizer(self) -> Path:
-        return self.path / (TEXT_FOLDER if self.layout == "sat" else TOKENIZER)
+        return (self.base or self.path) / (TEXT_FOLDER if self.layout == "sat" else TOKENIZER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +73,15 @@ class Parts:
 
 
 def open_folder(source: str | Path, config: CogVideoXConfig | None = None) -> ModelFolder:
-    """Recognise `source` ("demo" or a folder) and read its configuration.
+    """Recognise `source` ("demo", "demo-i2v" or a folder) and read its configuration.
 
     `config` replaces that of a SAT folder, which has none of its own; without it the released model of the
     same structure is taken. Raises WeightsError where there is no such folder or nothing in it is known."""
-    path = DEMO if str(source) == "demo" else Path(source)
+    path = DEMOS.get(str(source), Path(source))
     if not path.is_dir():
         raise WeightsError(
-            f'there is no folder {path}; legal: "demo" or a folder with {OUR_CONFIG} or {DIFFUSERS_INDEX}'
+            f"there is no folder {path}; legal: {', '.join(DEMOS)}, "
+            f"or a folder with {OUR_CONFIG} or {DIFFUSERS_INDEX}"
         )
     if (path / DIFFUSERS_INDEX).is_file():
         return _open_diffusers(path)
@@ -140,7 +147,9 @@ def _text_tensors(encoder: T5TextEncoder) -> dict[str, Tensor]:
 
 def _open_ours(path: Path) -> ModelFolder:
     config, dtype = _read_config(path / OUR_CONFIG)
-    return ModelFolder(path=path, layout="ours", config=config, trained_dtype=dtype)
+    base = read_header(path / OUR_CONFIG).get("base")
+    whole = None if base is None else (path / str(base)).resolve()
+    return ModelFolder(path=path, layout="ours", config=config, trained_dtype=dtype, base=whole)
 
 
 def _read_config(path: Path) -> tuple[CogVideoXConfig, torch.dtype]:
@@ -159,7 +168,11 @@ def _read_config(path: Path) -> tuple[CogVideoXConfig, torch.dtype]:
 
 def _read_ours(folder: ModelFolder) -> tuple[dict[str, Tensor], ...]:
     names = ("transformer", "vae", "text_encoder")
-    return tuple(load_tensors(folder.path / f"{name}.safetensors") for name in names)
+    whole = folder.base or folder.path
+    transformer, *others = (load_tensors(whole / f"{name}.safetensors") for name in names)
+    if folder.base is not None:
+        transformer = apply_delta(transformer, folder.path)
+    return transformer, *others
 
 
 def write_ours(

@@ -189,6 +189,14 @@ def lora_parameters(model: nn.Module, name: str | None = None) -> list[nn.Parame
     return [p for _, low_rank in _low_ranks(model, name) for p in low_rank.parameters()]
 
 
+def adapter_pairs(model: nn.Module, name: str | None = None) -> dict[str, Pair]:
+    """The weights of one adapter (the only one, or `name`) by layer."""
+    names = adapter_names(model)
+    if name is None and len(names) != 1:
+        raise SettingError(f"the model has {len(names)} adapters ({', '.join(names)}); name the one to save")
+    return {path: low_rank.pair() for path, low_rank in _low_ranks(model, name)}
+
+
 def set_scale(model: nn.Module, scale: float, name: str | None = None) -> None:
     """Set the strength of one adapter or of all: 1 as trained, 0 off. A merged model follows."""
     check_scale(scale)
@@ -293,11 +301,9 @@ def save_lora(
     """Write one adapter (the only one, or `name`) for diffusers and PEFT, with rank, alpha, base and `notes`
     (trigger word, data, ...) in the metadata. A folder gets `pytorch_lora_weights.safetensors`. Returns the
     file. The scale of `set_scale` is a matter of use and not saved."""
-    names = adapter_names(model)
-    if name is None and len(names) != 1:
-        raise SettingError(f"the model has {len(names)} adapters ({', '.join(names)}); name the one to save")
-    pairs = {path: low_rank.pair() for path, low_rank in _low_ranks(model, name)}
-    adapter = Adapter(pairs=pairs, base=base_of(base_weights(model)), notes=dict(notes or {}))
+    adapter = Adapter(
+        pairs=adapter_pairs(model, name), base=base_of(base_weights(model)), notes=dict(notes or {})
+    )
     return write_adapter(adapter, path, naming)
 
 

@@ -2,15 +2,16 @@
 
 Order: the text vocabulary; the VAE, on single frames first and then on clips; the expert transformer with the
 small text encoder, on stills alone first and then on clips and stills together (paper section 3.1: joint
-image and video training). A stage reads the folders of the earlier ones, resumes itself, and leaves
-`weights.safetensors` behind.
+image and video training); last, an adapter that lets it continue an image. A stage reads the folders of the
+earlier ones, resumes itself, and leaves `weights.safetensors` behind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from cogvideox_diff import lora
 from cogvideox_diff.config import CogVideoXConfig, cogvideox_demo
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.training.data import LatentClips, encode_shapes, pixel_batch
+from cogvideox_diff.training.finetune import FinetuneConfig, Samples, objective, trainable
 from cogvideox_diff.training.objective import diffusion_loss
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
@@ -33,8 +36,9 @@ from shared.tokenizers.sentencepiece_training import T5_IDS, train_text_model
 from shared.tokenizers.t5 import T5Tokenizer
 from shared.training import Logs, TrainConfig, recipe_of, train
 
-STAGES = ("tokenizer", "vae", "latents", "transformer")
+STAGES = ("tokenizer", "vae", "latents", "transformer", "image_to_video")
 KL = 1e-5
+CLIP_SEED = 1
 TEXT_DROPOUT = 0.1
 
 
@@ -61,6 +65,20 @@ class Recipe:
     num_clips: int = 6000
     num_stills: int = 12000
     vocab_size: int = 96
+    image_to_video: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(
+            task="i2v",
+            rank=8,
+            alpha=16.0,
+            targets=(*lora.TARGETS, "mlp.fc1", "mlp.fc2"),
+            batch=16,
+        )
+    )
+    image_to_video_train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=1500, lr=2e-3, ema_decay=0.99, autocast="bfloat16", decay_fraction=0.5
+        )
+    )
 
 
 def demo() -> Recipe:
@@ -84,7 +102,7 @@ def demo() -> Recipe:
             Phase(begin=0.67, num_frames=17, batch=3),
         ),
         transformer=TrainConfig(
-            steps=6600,
+            steps=14000,
             decay_fraction=0.75,
             lr=1.5e-3,
             optimizer="muon",
@@ -157,13 +175,13 @@ class Run:
         ):  # nearly no noise at first: at variance 1 nothing passes the bottleneck for long
             bias[config.latent_channels :] = -6
 
-        def objective(step: int) -> tuple[Tensor, Logs]:
+        def loss(step: int) -> tuple[Tensor, Logs]:
             phase = next(p for p in reversed(phases) if step >= p.begin * settings.steps)
             pixels = pixel_batch(settings.seed, step, phase.batch, phase.num_frames)
             posterior = model.encode(pixels)
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             difference = model.decode(posterior.sample(noise)).float() - pixels
-            loss = (edge_weight(pixels) * (difference.abs() + difference.square())).mean()
+            error = (edge_weight(pixels) * (difference.abs() + difference.square())).mean()
             kl = posterior.kl() / posterior.mean[0].numel()
             psnr = 10 * torch.log10(4 / difference.detach().square().mean())
             figures = {
@@ -171,10 +189,10 @@ class Run:
                 "kl": float(kl.detach()),
                 "latent_std": float(posterior.mean.detach().std()),
             }
-            return loss + KL * kl, figures
+            return error + KL * kl, figures
 
         said = recipe_of(settings, phases=str(phases))
-        train(model, objective, settings, self.folder / "vae", recipe=said, quiet=self.quiet)
+        train(model, loss, settings, self.folder / "vae", recipe=said, quiet=self.quiet)
         self._save(model, "vae")
 
     def vae(self) -> CausalVAE:
@@ -190,7 +208,7 @@ class Run:
 
     def clips(self) -> LatentClips:
         path = self.folder / "latents" / "clips.safetensors"
-        return self._encoded(path, self.recipe.num_clips, seed=1, num_frames=shapes.NUM_FRAMES)
+        return self._encoded(path, self.recipe.num_clips, seed=CLIP_SEED, num_frames=shapes.NUM_FRAMES)
 
     def stills(self) -> LatentClips:
         path = self.folder / "latents" / "stills.safetensors"
@@ -215,7 +233,7 @@ class Run:
         ids = {text: tokenizer([text]).ids[0] for text in _texts()}
         loss_of = partial(_batch_loss, model, schedule, scale, ids)
 
-        def objective(step: int) -> tuple[Tensor, Logs]:
+        def loss(step: int) -> tuple[Tensor, Logs]:
             rng = np.random.default_rng([settings.seed, step])
             if step < recipe.still_steps:
                 image = loss_of(stills, 3 * recipe.still_batch, rng)
@@ -224,8 +242,48 @@ class Run:
             return video + 0.5 * image, {"video": float(video.detach()), "image": float(image.detach())}
 
         said = recipe_of(settings, clips=recipe.clip_batch, stills=recipe.still_batch, scale=scale)
-        train(model, objective, settings, self.folder / "transformer", recipe=said, quiet=self.quiet)
+        train(model, loss, settings, self.folder / "transformer", recipe=said, quiet=self.quiet)
         self._save(model, "transformer")
+
+    def train_image_to_video(self) -> None:
+        """Starts from the trained transformer; see `finetune.trainable`."""
+        recipe, settings = self.recipe, self.recipe.image_to_video
+        joint, clips = self.joint_model(), self.clips()
+        model = trainable(joint.transformer, settings, seed=recipe.image_to_video_train.seed)
+        scale = replace(recipe.config.vae, scaling_factor=unit_scale(clips))
+        config = replace(recipe.config, vae=scale, transformer=model.config)
+        samples = self._samples(joint.text_encoder, clips)
+        vae = self.vae()
+        vae.config = scale
+        train_config = recipe.image_to_video_train
+        loss = objective(model, vae, samples, config, settings, seed=train_config.seed)
+        said = recipe_of(train_config, settings=str(settings), scale=scale.scaling_factor)
+        train(model, loss, train_config, self.folder / "image_to_video", recipe=said, quiet=self.quiet)
+        self._save(model, "image_to_video")
+
+    @torch.no_grad()
+    def _samples(self, text_encoder: T5TextEncoder, clips: LatentClips) -> Samples:
+        """The latents' clips with their first frames, and all captions' features."""
+        tokenizer, texts = self.tokenizer(), sorted({caption.text for caption in clips.captions})
+        features = text_encoder(torch.cat([tokenizer([text]).ids for text in ["", *texts]]))
+        number = {text: place for place, text in enumerate(texts)}
+        scenes = islice(shapes.scenes("train", CLIP_SEED), len(clips))
+        return Samples(
+            latents=clips.latents,
+            features=features[1:],
+            caption=torch.tensor([number[caption.text] for caption in clips.captions]),
+            unconditional=features[0],
+            first_frames=torch.stack([shapes.render(scene, num_frames=1).frames[0] for scene in scenes]),
+        )
+
+    def image_to_video_model(self) -> ExpertTransformer | None:
+        """With its adapter; None where that stage has not run."""
+        path = self.folder / "image_to_video" / "weights.safetensors"
+        if not path.exists():
+            return None
+        model = trainable(self.joint_model().transformer, self.recipe.image_to_video)
+        load_into(model, load_file(path))
+        return model.eval()
 
     def joint_model(self) -> JointModel:
         model = JointModel(self.recipe.config, 0)

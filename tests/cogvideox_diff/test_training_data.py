@@ -20,6 +20,7 @@ from cogvideox_diff.config import ScheduleConfig, T5Config, cogvideox_demo
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.training import recipes
 from cogvideox_diff.training.data import LatentClips, pixel_batch
+from cogvideox_diff.training.finetune import FinetuneConfig
 from cogvideox_diff.training.objective import diffusion_loss
 from cogvideox_diff.training.recipes import Phase
 from cogvideox_diff.vae.autoencoder import CausalVAE
@@ -199,6 +200,8 @@ def tiny_recipe() -> recipes.Recipe:
         still_steps=2,
         num_clips=5,
         num_stills=4,
+        image_to_video=FinetuneConfig(task="i2v", rank=2, alpha=2.0, batch=2),
+        image_to_video_train=replace(steps, optimizer="adamw"),
     )
 
 
@@ -207,6 +210,7 @@ OUTPUTS = {
     "vae": ["vae/weights.safetensors"],
     "latents": ["latents/clips.safetensors", "latents/stills.safetensors"],
     "transformer": ["transformer/weights.safetensors"],
+    "image_to_video": ["image_to_video/weights.safetensors"],
 }
 
 
@@ -240,7 +244,7 @@ def test_every_stage_is_tested() -> None:
     assert tuple(OUTPUTS) == recipes.STAGES
 
 
-@pytest.mark.parametrize("stage", ["vae", "transformer"])
+@pytest.mark.parametrize("stage", ["vae", "transformer", "image_to_video"])
 def test_an_interrupted_stage_resumes_exactly(
     stage: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

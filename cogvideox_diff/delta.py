@@ -1,0 +1,54 @@
+"""A transformer stored as what makes it differ from another model's: a folder whose configuration names the
+base's (`base`, a path relative to the folder), and one file.
+
+| in `transformer_delta.safetensors` | meaning |
+|---|---|
+| `NAME` | this tensor instead of the base's |
+| `NAME.lora_A` [R, I], `NAME.lora_B` [O, R] | added to the base's: B A |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cogvideox_diff.lora import adapter_pairs, base_weights
+from cogvideox_diff.transformer import ExpertTransformer
+from shared.checkpoints import load_tensors, save_tensors
+from shared.errors import WeightsError
+
+DELTA = "transformer_delta.safetensors"
+DOWN, UP = ".lora_A", ".lora_B"
+
+
+def save_delta(model: ExpertTransformer, base: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write adapters as pairs in float16, and whole what else differs from `base`."""
+    own, half = base_weights(model), torch.float16
+    content = {
+        name: x.to(half)
+        for name, x in own.items()
+        if x.shape != base[name].shape or not x.to(half).equal(base[name].to(half))
+    }
+    for path, pair in adapter_pairs(model).items():
+        folded = pair.folded()
+        content |= {f"{path}.weight{DOWN}": folded.down.to(half), f"{path}.weight{UP}": folded.up.to(half)}
+    return save_tensors(content, folder / DELTA)
+
+
+def apply_delta(base: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The whole transformer's tensors. WeightsError where the file is not for this base."""
+    changes = load_tensors(folder / DELTA)
+    tensors = dict(base)
+    for name, x in changes.items():
+        target = name.removesuffix(DOWN).removesuffix(UP)
+        if target not in base:
+            raise WeightsError(f"{folder / DELTA} changes {target}, which its base does not have")
+        if name.endswith(DOWN):
+            delta = changes[target + UP].float() @ x.float()
+            tensors[target] = base[target].float() + delta
+        elif not name.endswith(UP):
+            tensors[target] = x
+    return tensors

@@ -1,0 +1,169 @@
+"""Continuing from a trained transformer: all weights or an adapter, for text or for image to video.
+
+The VAE and the text encoder stay as they are, so clips enter as latents and captions as features.
+
+Legend: N clips, B batch, T latent frames, C latent channels, H/W latent rows/columns, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogvideox_diff import conditioning, lora
+from cogvideox_diff.config import CogVideoXConfig
+from cogvideox_diff.schedule import NoiseSchedule
+from cogvideox_diff.training.objective import diffusion_loss
+from cogvideox_diff.transformer import ExpertTransformer
+from cogvideox_diff.vae.autoencoder import CausalVAE, scale_image_latents
+from shared.errors import SettingError
+from shared.training import Logs
+from shared.transforms import to_signed
+
+Method = Literal["lora", "full"]
+FinetuneTask = Literal["t2v", "i2v"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What is trained, and on what. Defaults: the released trainers'.
+
+    Images are given with Gaussian noise of sigma exp(Normal(`image_noise`)), so that the model does not rely
+    on their last bits (SAT's `noised_image_input`)."""
+
+    task: FinetuneTask = "t2v"
+    method: Method = "lora"
+    rank: int = 128
+    alpha: float = 64.0
+    targets: tuple[str, ...] = lora.TARGETS
+    batch: int = 1
+    text_dropout: float = 0.1
+    image_dropout: float = 0.05  # of a whole batch
+    image_noise: tuple[float, float] = (-3.0, 0.5)  # mean and deviation of log sigma
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method) or self.task not in get_args(FinetuneTask):
+            raise SettingError(
+                f"method must be lora or full and task t2v or i2v, got {self.method!r}, {self.task!r}"
+            )
+        if self.batch < 1:
+            raise SettingError(f"batch must be at least 1, got {self.batch}")
+        for name in ("text_dropout", "image_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Clips as training reads them: posterior means in the VAE's own scale, captions as text features.
+
+    `first_frames` are what image to video conditions on; `unconditional` stands for no caption."""
+
+    latents: Tensor  # [N, T, C, H, W]
+    features: Tensor  # [K, L, D] of the different captions
+    caption: Tensor  # int64 [N]: which of them a clip has
+    unconditional: Tensor  # [L, D]
+    first_frames: Tensor | None = None  # uint8 [N, height, width, 3]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def trainable(model: ExpertTransformer, settings: FinetuneConfig, *, seed: int = 0) -> ExpertTransformer:
+    """The model made ready: parameters to train ask for gradients, others do not. For image to video a model
+    that has only read text is widened first, and its patch embedding is trained in full."""
+    net = model.config
+    widened = settings.task == "i2v" and net.in_channels == net.out_channels
+    if widened:
+        model = widen_for_images(model)
+    if settings.method == "full":
+        return model.requires_grad_(True)
+    generator = torch.Generator().manual_seed(seed)
+    lora.inject(model, settings.rank, settings.alpha, settings.targets, generator=generator)
+    if widened:
+        model.patch_embed.requires_grad_(True)
+    return model
+
+
+def widen_for_images(model: ExpertTransformer) -> ExpertTransformer:
+    """A copy that also reads image latents, behind the noisy ones; with weights of zero for them, it gives
+    what the model gives."""
+    net = model.config
+    with torch.device("meta"):
+        wide = ExpertTransformer(replace(net, in_channels=2 * net.out_channels))
+    tensors = dict(model.state_dict())
+    name = "patch_embed.proj.weight"
+    kernel = tensors[name].unflatten(1, (net.in_channels, -1))  # both layouts have channels first
+    kernel = torch.cat([kernel, torch.zeros_like(kernel)], dim=1)
+    tensors[name] = kernel.reshape(wide.get_parameter(name).shape)
+    wide.load_state_dict({key: x.clone() for key, x in tensors.items()}, assign=True)
+    return wide
+
+
+def objective(
+    model: ExpertTransformer,
+    vae: CausalVAE,
+    samples: Samples,
+    config: CogVideoXConfig,
+    settings: FinetuneConfig,
+    *,
+    seed: int,
+) -> Callable[[int], tuple[Tensor, Logs]]:
+    """What `shared.training.train` minimises: the mean loss of `batch` clips, one timestep from each of as
+    many equal intervals (paper section 3.2, Explicit Uniform Sampling)."""
+    schedule = NoiseSchedule.from_config(config.schedule)
+    if settings.task == "i2v" and samples.first_frames is None:
+        raise SettingError("image to video needs the clips' first frames")
+
+    def loss(step: int) -> tuple[Tensor, Logs]:
+        rng = np.random.default_rng([seed, step])
+        size = settings.batch
+        picks = torch.from_numpy(rng.integers(len(samples), size=size))
+        x0 = conditioning.clean_latents(samples.latents[picks].float(), config)
+        text = samples.features[samples.caption[picks]]
+        dropped = torch.from_numpy(rng.random(size) < settings.text_dropout)
+        text = torch.where(dropped[:, None, None], samples.unconditional, text)
+        steps = (np.arange(size) + rng.random(size)) / size * schedule.num_timesteps
+        timesteps = torch.from_numpy(rng.permutation(steps.astype(np.int64)))
+        noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
+        image = None
+        if settings.task == "i2v":
+            image = _noised_images(vae, samples, picks, x0.shape[1], settings, rng)
+        ofs = config.sampling.ofs if config.transformer.ofs_embed_dim else None
+        each = diffusion_loss(
+            model, schedule, x0, text, timesteps, noise, image_latents_BTCHW=image,
+            ofs=None if ofs is None else torch.full((size,), float(ofs)),
+        )  # fmt: skip
+        return each.mean(), {}
+
+    return loss
+
+
+@torch.no_grad()
+def _noised_images(
+    vae: CausalVAE,
+    samples: Samples,
+    picks: Tensor,
+    frames: int,
+    settings: FinetuneConfig,
+    rng: np.random.Generator,
+) -> Tensor:
+    """Scaled latents of the clips' first frames, then zeros [B, T, C, H, W]."""
+    assert samples.first_frames is not None
+    pixels = to_signed(samples.first_frames[picks].permute(0, 3, 1, 2))[:, :, None]  # [B, 3, 1, h, w]
+    mean, deviation = settings.image_noise
+    sigma = np.exp(rng.normal(mean, deviation, size=(len(picks), 1, 1, 1, 1)))
+    grain = sigma * rng.standard_normal(pixels.shape, dtype=np.float32)
+    pixels = pixels + torch.from_numpy(grain).float()
+    shape = (len(picks), 1, *samples.latents.shape[2:])
+    posterior_noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    z = conditioning.encode(vae, pixels, posterior_noise)
+    if rng.random() < settings.image_dropout:
+        z = torch.zeros_like(z)
+    return F.pad(scale_image_latents(z, vae.config), (0, 0, 0, 0, 0, 0, 0, frames - 1))
