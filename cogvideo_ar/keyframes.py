@@ -14,6 +14,7 @@ from cogvideo_ar.config import SamplingConfig
 from cogvideo_ar.generation import StageSamplers, draw_uniforms, generate_tokens
 from cogvideo_ar.layout import PromptTokenizer, image_layout, keyframe_layout, prompt_tokens
 from cogvideo_ar.transformer import CogVideoTransformer
+from cogvideo_ar.wavefront import generate_tokens_in_waves
 
 
 def generate_first_frames(
@@ -64,7 +65,9 @@ def generate_keyframes(
     layout = keyframe_layout(model.config, max(map(len, texts)))
     targets = (layout.num_frames - layout.num_given) * layout.frame_len
     uniforms = draw_uniforms(generators, targets)
-    return generate_tokens(
+    # the full temporal channel depends on whole frames: nothing to be gained by waves
+    generate = generate_tokens if model.config.temporal == "full" else generate_tokens_in_waves
+    return generate(
         model,
         layout,
         texts,
