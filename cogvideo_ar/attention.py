@@ -55,9 +55,12 @@ def relaxed_attend(
     q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, dropout: float = 0.0, alpha: float = 16.0
 ) -> Tensor:
     """`attend` whose scores stay small in the tensors' own dtype (CogView's PB-relax): they are computed at
-    1/alpha of their size and lose each head's maximum before they grow again. The softmax is the same."""
+    1/alpha of their size and lose the largest of their row before they grow again (upstream: of their head).
+    The softmax is the same."""
     scores = (q / (alpha * q.shape[-1] ** 0.5)) @ k.mT
-    scores = (scores - scores.detach().amax((-2, -1), keepdim=True)) * alpha
+    if bias is not None:
+        scores = scores.masked_fill(bias < excluded(bias.dtype) / 2, -torch.inf)
+    scores = (scores - scores.detach().amax(-1, keepdim=True)) * alpha
     weights = (scores if bias is None else scores + bias).softmax(-1)
     return F.dropout(weights, dropout) @ v
 

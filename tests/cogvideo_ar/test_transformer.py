@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cogvideo_ar.attention import FullAttention
+from cogvideo_ar.attention import relaxed_attend
 from cogvideo_ar.config import Oddities, TransformerConfig
 from cogvideo_ar.kv_cache import KVCache
 from cogvideo_ar.layout import (
@@ -20,7 +23,8 @@ from cogvideo_ar.layout import (
 )
 from cogvideo_ar.training.objective import frame_losses, token_loss, token_losses
 from cogvideo_ar.transformer import CogVideoTransformer
-from tests.cogvideo_ar.tiny import NUM_IMAGE_TOKENS, configs, tiny_config, wild_model
+from shared.attention import attend
+from tests.cogvideo_ar.tiny import NUM_IMAGE_TOKENS, configs, kind_of, tiny_config, wild_model
 
 LAYOUTS = st.sampled_from([image_layout, keyframe_layout, interpolation_layout])
 QUICK = settings(max_examples=15, deadline=None)
@@ -38,74 +42,6 @@ def random_rows(
 
 def inputs(config: TransformerConfig, text: Tensor, frames: Tensor) -> Tensor:
     return torch.cat([text, frame_slots(frames, config.start_of_image)], dim=1)
-
-
-def visible(layout: SequenceLayout, window: int, shifted: bool) -> tuple[Tensor, Tensor]:
-    """Who sees whom, slot by slot from the written rule: (spatial, temporal), bool [L, L]."""
-    regions = region_ids(layout.grid, window, shifted).tolist()
-    spatial = torch.zeros(layout.length, layout.length, dtype=torch.bool)
-    temporal = spatial.clone()
-    places = [(None, i) for i in range(layout.text_len)]
-    places += [(f, i) for f in range(layout.num_frames) for i in range(layout.frame_len)]
-    for a, (frame, slot) in enumerate(places):
-        for b, (key_frame, key_slot) in enumerate(places):
-            if frame is None or key_frame is None:
-                spatial[a, b] = temporal[a, b] = key_frame is None
-                continue
-            given = layout.num_bidirectional
-            both_given = frame < given and key_frame < given
-            causal = frame == key_frame and key_slot <= slot
-            spatial[a, b] = frame == key_frame and (both_given or causal)
-            earlier = key_frame < frame and not frame < given
-            temporal[a, b] = (both_given or earlier or causal) and regions[slot] == regions[key_slot]
-    return spatial, temporal
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    scores = q @ k.mT / q.shape[-1] ** 0.5
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-
-
-@QUICK
-@given(config=configs(), make=LAYOUTS, text_len=st.integers(1, 3), padded=st.booleans())
-def test_attention_equals_the_dense_rule(config, make, text_len, padded):
-    layout = make(config, text_len)
-    q, k, v = torch.randn(3, 2, 2, layout.length, 4, dtype=torch.float64).unbind(0)
-    valid = torch.ones(2, text_len, dtype=torch.bool)
-    valid[1, : text_len - 1] = not padded
-    context = FullAttention(
-        layout,
-        window=config.window,
-        like=torch.empty(2, layout.length, 1, dtype=torch.float64),
-        text_valid_BT=valid if padded else None,
-    )
-    keys = torch.cat([valid, torch.ones(2, layout.length - text_len, dtype=torch.bool)], 1)[:, None, None]
-    for layer in range(2):
-        spatial, temporal = visible(layout, config.window, bool(layer % 2))
-        expected = dense(q, k, v, spatial & keys)
-        torch.testing.assert_close(context.spatial(q, k, v, None), expected)
-        if not layout.base_only:
-            expected = dense(q, k, v, temporal & keys)[:, :, text_len:]
-            torch.testing.assert_close(context.temporal(q, k, v, None, layer), expected)
-
-
-@QUICK
-@given(config=configs(), make=LAYOUTS, text_len=st.integers(1, 3), weight=st.sampled_from([0.0, 1.4]))
-def test_cached_equals_uncached(config, make, text_len, weight):
-    """Prefill and steps give the training forward's logits, padded text and text weight included."""
-    layout, model = make(config, text_len), wild_model(config)
-    text, frames = random_rows(config, layout, rows=2)
-    valid = torch.ones_like(text, dtype=torch.bool)
-    valid[1, : text_len - 1] = False
-    tokens = inputs(config, text, frames)
-    options = {"text_valid_BT": valid, "text_weight": weight}
-    with torch.inference_mode():
-        full = model(tokens, layout, **options)
-        num_given = layout.num_given * layout.frame_len
-        slots = tokens[:, layout.frames]
-        state = model.start(text, slots[:, :num_given], layout, **options)
-        steps = [model.step(token, state) for token in slots[:, num_given:].unbind(1)]
-    torch.testing.assert_close(torch.stack(steps, 1), full[:, num_given:], atol=1e-9, rtol=1e-9)
 
 
 @QUICK
@@ -224,6 +160,47 @@ def test_training_works_after_inference():
     with torch.inference_mode():
         model(tokens, layout)
     model(tokens, layout).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "local"])
+def test_pb_relax_is_the_plain_softmax(kind: str):
+    """In training, loss and gradients are those without it; in evaluation it is not used."""
+    config = tiny_config(**kind_of(kind))
+    layout, grads = interpolation_layout(config, 2), []
+    text, frames = random_rows(config, layout, rows=2)
+    valid = torch.tensor([[True, True], [False, True]])
+    for pb_relax in (False, True):
+        model = wild_model(replace(config, pb_relax=pb_relax)).train()
+        logits = model(inputs(config, text, frames), layout, text_valid_BT=valid)
+        token_loss(logits, frames, torch.ones_like(frames)).backward()
+        grads.append([logits, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-9, rtol=1e-9)
+
+
+def test_pb_relax_keeps_float16_finite():
+    """Scores beyond the largest float16, as the released training meets them."""
+    q, k, v = (torch.randn(1, 1, 5, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    q, k = q.half() * 400, k.half() * 400
+    assert not bool((q @ k.mT).isfinite().all())
+    bias = torch.zeros(5, 5, dtype=torch.float16).masked_fill(torch.ones(5, 5).triu(1) > 0, -10000)
+    relaxed = relaxed_attend(q, k, v.half(), bias=bias * 2)
+    expected = attend(q.double(), k.double(), v.double(), bias=bias.double() * 1e6)
+    assert bool(relaxed.isfinite().all())
+    torch.testing.assert_close(relaxed.double(), expected, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"extent": (2, 2, 2)}, "needs temporal"),
+        ({"temporal": "local"}, "extent must be >= 1"),
+        ({"temporal": "local", "extent": (2, 0, 2)}, "extent must be >= 1"),
+        ({"temporal": "local", "extent": (1, 1, 1), "window": 2}, "window 2 needs"),
+    ],
+)
+def test_illegal_extents_are_refused(changes: dict[str, Any], reason: str):
+    with pytest.raises(ValueError, match=reason):
+        tiny_config(**changes)
 
 
 def test_wrong_length_is_refused():

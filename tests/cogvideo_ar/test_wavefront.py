@@ -1,28 +1,31 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from cogvideo_ar.generation import generate_tokens
+from cogvideo_ar.config import PRESETS
 from cogvideo_ar.kv_cache import KVCache
-from cogvideo_ar.layout import frame_slots, image_layout, interpolation_layout, keyframe_layout
-from cogvideo_ar.sampling import CogLMSampler
-from cogvideo_ar.wavefront import dependencies, generate_tokens_in_waves, last_needed, wavefront_schedule
-from tests.cogvideo_ar.tiny import NUM_IMAGE_TOKENS, configs, tiny_config, wild_model
-
-LAYOUTS = st.sampled_from([image_layout, keyframe_layout, interpolation_layout])
-QUICK = settings(max_examples=8, deadline=None)
+from cogvideo_ar.layout import SequenceLayout, frame_slots, interpolation_layout, keyframe_layout
+from cogvideo_ar.wavefront import (
+    dependencies,
+    generate_tokens_in_waves,
+    last_needed,
+    sequential_steps,
+    wavefront_schedule,
+)
+from tests.cogvideo_ar.tiny import kind_of, tiny_config, visible, wild_model
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("window", [0, 2])
-def test_dependencies_are_what_changes(num_layers: int, window: int):
+@pytest.mark.parametrize(
+    ("kind", "extent"), [("full", None), ("window", None), ("local", (2, 2, 2)), ("local", (3, 1, 2))]
+)
+def test_dependencies_are_what_changes(num_layers: int, kind: str, extent: tuple[int, int, int]):
     """Every input slot is changed in turn: logits change exactly where the masks say that they may."""
-    changes = {"temporal": "window" if window else "full", "window": window}
-    config = tiny_config(num_layers=num_layers, grid=(4, 2), num_frames=4, **changes)
+    config = tiny_config(num_layers=num_layers, grid=(4, 2), num_frames=4, **kind_of(kind, extent=extent))
     layout, model = keyframe_layout(config, 1), wild_model(config)
     frames, size = layout.num_frames, layout.frame_len
     slots = frame_slots(torch.zeros(1, frames, size, dtype=torch.long), config.start_of_image)
@@ -33,7 +36,7 @@ def test_dependencies_are_what_changes(num_layers: int, window: int):
         logits = model(tokens, layout)
     changed = ((logits[:-1] - logits[-1:]).abs() > 1e-12).any(2).T  # [slot, slot it depends on]
     changed = changed.view(frames, size, frames, size)
-    expected = dependencies(config.grid, window, num_layers, frames)
+    expected = dependencies(config.grid, config.window, num_layers, frames, config.extent)
     for frame in range(frames):
         for earlier in range(frames):
             found = changed[frame, :, earlier]
@@ -65,32 +68,39 @@ def test_the_full_channel_allows_next_to_nothing():
     assert [wave for wave in schedule.waves if len(wave) > 1] == [((i, 15), (i + 1, 0)) for i in (1, 2, 3)]
 
 
-@QUICK
-@given(
-    config=configs(),
-    make=LAYOUTS,
-    alpha=st.sampled_from([None, 2.5]),
-    weight=st.sampled_from([0.0, 1.4]),
-    release=st.booleans(),
-)
-def test_waves_give_the_same_tokens(config, make, alpha, weight, release):
-    """Two samples with texts of different lengths, drawn with the same random numbers."""
-    model, layout = wild_model(config), make(config, 3)
-    texts = [[30, 31, 32], [33]] * (1 if alpha is None else 2)
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, layout.num_given, layout.frame_len)
-    given_frames = torch.randint(0, NUM_IMAGE_TOKENS, shape, generator=generator)
-    targets = (layout.num_frames - layout.num_given) * layout.frame_len
-    uniforms = torch.rand(2, targets, 2, generator=generator, dtype=torch.float64)
-    sampler = CogLMSampler(torch.arange(NUM_IMAGE_TOKENS) % 7, top_k=4)
+@pytest.mark.parametrize("extent", [(2, 2, 2), (3, 2, 2), (5, 1, 1), (1, 2, 2)])
+def test_local_interpolation_depends_on_what_the_masks_let_through(extent: tuple[int, int, int]):
+    """The generated frames of an interpolation stand two apart in time: no path, no dependence."""
+    config = tiny_config(num_layers=2, grid=(3, 3), **kind_of("local", extent=extent))
+    layout = interpolation_layout(config, 0)
+    _, seen = visible(layout, config, 0)
+    spatial, _ = visible(layout, config, 0)
+    reach = ((seen | spatial).float() @ (seen | spatial).float() > 0).float()
+    later, earlier = layout.frame(4), layout.frame(3)
+    expected = reach[later, earlier] > 0
+    assert torch.equal(dependencies(config.grid, 0, 2, 2, extent, spacing=2)[1], expected)
+    assert bool(expected.any()) == (extent[0] > 2)
 
-    def sample(logits: Tensor, number: int) -> Tensor:
-        return sampler.sample(logits, uniforms[:, number])
 
-    options = {"guidance_alpha": alpha, "text_weight": weight, "release": release}
-    expected = generate_tokens(model, layout, texts, given_frames, sample, **options)
-    got = generate_tokens_in_waves(model, layout, texts, given_frames, sample, **options)
-    assert torch.equal(got, expected)
+def test_uneven_frames_have_no_schedule():
+    config = tiny_config(**kind_of("window"))
+    layout = SequenceLayout(text_len=0, grid=config.grid, frame_times=(0, 1, 3, 4), num_given=1)
+    with pytest.raises(ValueError, match="not evenly spaced"):
+        wavefront_schedule(config, layout)
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cogvideo.md"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_documented_steps(name: str):
+    """The table in docs/cogvideo.md has a row for every preset, with what the schedules say."""
+    steps = sequential_steps(PRESETS[name]())
+    rounds = [count for stage, count in steps.items() if stage.startswith("round")]
+    assert len(set(rounds)) == 1
+    cells = [steps["first frame"], steps["key frames"], f"{len(rounds)} x {rounds[0]}", sum(steps.values())]
+    row = f"| `{name}` | " + " | ".join(map(str, cells)) + " |"
+    assert row in DOCUMENT.read_text(encoding="utf-8"), row
 
 
 def test_waves_take_as_many_steps_as_scheduled():

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from cogvideo_ar.config import TransformerConfig
+from cogvideo_ar.layout import SequenceLayout
 from cogvideo_ar.transformer import CogVideoTransformer
 
 NUM_IMAGE_TOKENS = 23
@@ -43,15 +45,61 @@ def wild_model(config: TransformerConfig, seed: int = 0) -> CogVideoTransformer:
     return model
 
 
+def kind_of(temporal: str, *, window: int = 2, extent: tuple[int, int, int] = (2, 2, 2)) -> dict[str, Any]:
+    """Settings of a kind of temporal channel."""
+    settings: dict[str, Any] = {"temporal": temporal}
+    if temporal == "window":
+        settings["window"] = window
+    if temporal == "local":
+        settings["extent"] = extent
+    return settings
+
+
 @st.composite
-def configs(draw: st.DrawFn) -> TransformerConfig:
-    """Full and windowed temporal channels over small, not always square, grids."""
-    window = draw(st.sampled_from([0, 2, 3]))
+def configs(draw: st.DrawFn, temporal: str | None = None) -> TransformerConfig:
+    """Every kind of temporal channel, or this one, over small, not always square, grids."""
+    temporal = temporal or draw(st.sampled_from(["full", "window", "local"]))
+    window = draw(st.sampled_from([2, 3])) if temporal == "window" else 0
     side = st.integers(1, 2).map(lambda n: n * window) if window else st.integers(1, 4)
+    extent = draw(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)))
     return tiny_config(
         num_layers=draw(st.integers(1, 3)),
         grid=(draw(side), draw(side)),
         num_frames=draw(st.sampled_from([3, 5])),
-        temporal="window" if window else "full",
-        window=window,
+        **kind_of(temporal, window=window, extent=extent),
     )
+
+
+def visible(layout: SequenceLayout, config: TransformerConfig, layer: int) -> tuple[Tensor, Tensor]:
+    """Who sees whom, slot by slot from the written rule: (spatial, temporal), bool [L, L]."""
+    spatial = torch.zeros(layout.length, layout.length, dtype=torch.bool)
+    temporal = spatial.clone()
+    places = [(None, i) for i in range(layout.text_len)]
+    places += [(f, i) for f in range(layout.num_frames) for i in range(layout.frame_len)]
+    for a, (frame, slot) in enumerate(places):
+        for b, (key_frame, key_slot) in enumerate(places):
+            if frame is None or key_frame is None:
+                spatial[a, b] = temporal[a, b] = key_frame is None
+                continue
+            given = layout.num_bidirectional
+            both_given = frame < given and key_frame < given
+            causal = frame == key_frame and key_slot <= slot
+            spatial[a, b] = frame == key_frame and (both_given or causal)
+            earlier = key_frame < frame and not frame < given
+            times = layout.frame_times[frame], layout.frame_times[key_frame]
+            near = together(config, layer, times, (slot, key_slot))
+            temporal[a, b] = (both_given or earlier or causal) and near
+    return spatial, temporal
+
+
+def together(config: TransformerConfig, layer: int, times: tuple[int, int], slots: tuple[int, int]) -> bool:
+    """Whether the temporal channel joins two slots at all: one window, or |difference| < extent."""
+    (row, column), (key_row, key_column) = (divmod(slot, config.grid[1]) for slot in slots)
+    if config.temporal == "window":
+        start = config.window - config.window // 2 if layer % 2 else 0
+        pairs = ((row, key_row), (column, key_column))
+        return all((a + start) // config.window == (b + start) // config.window for a, b in pairs)
+    if config.temporal == "local":
+        pairs = (times, (row, key_row), (column, key_column))
+        return all(abs(a - b) < limit for (a, b), limit in zip(pairs, config.extent, strict=True))
+    return True
