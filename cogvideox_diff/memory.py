@@ -1,0 +1,257 @@
+"""What a model takes of a device's memory, known before weights are read, and the savers that make it fit.
+
+Weights are counted from the configuration; what the nets compute is counted by running them on the meta
+device, one layer of a kind, with the video's real sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cogvideox_diff.config import CogVideoXConfig, T5Config, TransformerConfig, VAEConfig
+from cogvideox_diff.guidance import Predictor
+from cogvideox_diff.planning import Plan
+from cogvideox_diff.text_encoder import T5TextEncoder
+from cogvideox_diff.transformer import ExpertTransformer
+from cogvideox_diff.vae.autoencoder import CausalVAE
+from cogvideox_diff.vae.tiling import decode_tiles, encode_tiles
+from shared.errors import OutOfMemoryError
+from shared.memory import in_words, peak_bytes
+from shared.offload import OffloadMode, Weights, blocks_of
+from shared.quantize import QuantizeMode, quantized_bytes
+
+META = torch.device("meta")
+RESERVE = 2**30  # the device's own libraries, and workspaces inside of operators
+MARGIN = 1.1  # of what is computed: allocators round up and fall to pieces
+OFFLOADS: tuple[OffloadMode, ...] = ("none", "model", "sequential")  # the quickest first
+Tiling = Literal["off", "on", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageNeed:
+    """Bytes of one stage: its net's weights, those that are there with "sequential", and what it computes."""
+
+    stage: str
+    net: str
+    weights: int
+    streamed: int
+    work: int
+
+    def total(self, mode: OffloadMode, all_weights: int) -> int:
+        weights = {"none": all_weights, "model": self.weights, "sequential": self.streamed}[mode]
+        return weights + int(self.work * MARGIN) + RESERVE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savers:
+    """How memory is saved in one run. `tiled` and pieces other than the model's own change frames a little;
+    the offload modes change nothing but time."""
+
+    offload: OffloadMode = "none"
+    tiled: bool = False
+    encode_frames: int | None = None  # None: the model's own
+    decode_latents: int | None = None
+    reason: str = ""
+
+    def vae(self, config: VAEConfig) -> VAEConfig:
+        pieces = {"encode_frames": self.encode_frames, "decode_latents": self.decode_latents}
+        return replace(config, **{name: n for name, n in pieces.items() if n is not None})
+
+
+def stage_needs(
+    config: CogVideoXConfig,
+    plan: Plan,
+    dtype: torch.dtype,
+    *,
+    tiled: bool = False,
+    quantize: QuantizeMode = "none",
+    batch: int = 1,
+) -> list[StageNeed]:
+    """The stages of `plan` for `batch` videos at once, in order."""
+    work = {"text": ("text_encoder", _text_work(config.text, dtype))}
+    video = 2 * _video_bytes(plan, dtype, batch)  # the pieces and what they are put together to
+    if plan.task != "t2v":
+        frames = 1 if plan.task == "i2v" else plan.geometry.num_frames
+        work["encode"] = "vae", _encode_work(config.vae, plan.geometry.size, frames, dtype, tiled) + video
+    work["model"] = "transformer", _model_work(config.transformer, plan, dtype, batch)
+    latents = plan.geometry.latent_frames
+    work["decode"] = "vae", _decode_work(config.vae, plan.geometry.size, latents, dtype, tiled) + video
+    sizes = net_bytes(config, dtype, quantize)
+    return [
+        StageNeed(stage=stage, net=net, weights=sizes[net][0], streamed=sizes[net][1], work=count)
+        for stage, (net, count) in work.items()
+    ]
+
+
+def choose_savers(
+    config: CogVideoXConfig,
+    plan: Plan,
+    dtype: torch.dtype,
+    *,
+    free: int,
+    offload: str = "auto",
+    tiling: Tiling = "off",
+    chunk: Literal["own", "auto"] = "own",
+    quantize: QuantizeMode = "none",
+) -> Savers:
+    """The savers with the least cost that fit into `free` bytes, choosing only where "auto" is given. What is
+    exact is tried before what changes frames: offload, then tiles, then smaller pieces.
+
+    OutOfMemoryError where nothing fits, naming the stage, what it needs and what there is."""
+    best: tuple[int, StageNeed] | None = None
+    modes = OFFLOADS if offload == "auto" else tuple(mode for mode in OFFLOADS if mode == offload)
+    tiles = (False, True) if tiling == "auto" else (tiling == "on",)
+    for pieces, tiled in product(_pieces(config.vae, chunk), tiles):
+        tried = replace(config, vae=pieces.vae(config.vae))
+        needs = stage_needs(tried, plan, dtype, tiled=tiled, quantize=quantize)
+        whole = sum({need.net: need.weights for need in needs}.values())
+        for mode in modes:
+            worst = max(needs, key=lambda need: need.total(mode, whole))
+            most = worst.total(mode, whole)
+            if most <= free:
+                reason = f"{worst.stage} needs {in_words(most)} of {in_words(free)}"
+                return replace(pieces, offload=mode, tiled=tiled, reason=reason)
+            if best is None or most < best[0]:
+                best = most, worst
+    assert best is not None
+    raise OutOfMemoryError(
+        f"{best[1].stage} needs about {in_words(best[0])}, the device has {in_words(free)} free; try "
+        + ", ".join(
+            advice(best[1].stage, offload="sequential", tiled=all(tiles), dtype=dtype, quantize=quantize)
+        )
+    )
+
+
+def advice(
+    stage: str,
+    *,
+    offload: str,
+    tiled: bool,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    on_cpu: bool = False,
+) -> list[str]:
+    """The flags that are left to try when `stage` does not fit, the cheapest first."""
+    modes = list(OFFLOADS[OFFLOADS.index(offload) + 1 :]) if offload in OFFLOADS and not on_cpu else []  # type: ignore[arg-type]
+    coding = stage in ("encode", "decode")
+    return [
+        *(["--tiling on"] if coding and not tiled else []),
+        *(f"--offload {mode}" for mode in modes if stage != "loading"),
+        *(["--dtype bfloat16"] if dtype == torch.float32 else []),
+        *(["--quantize int8"] if quantize == "none" and not coding else []),
+        *(["--vae_chunk auto"] if coding and tiled else []),
+        *(["a smaller model"] if stage == "loading" else ["fewer frames", "a smaller height and width"]),
+    ]
+
+
+# ---- weights
+
+
+def meta_nets(config: CogVideoXConfig) -> dict[str, nn.Module]:
+    """The three nets without memory."""
+    with META:
+        return {
+            "text_encoder": T5TextEncoder(config.text),
+            "transformer": ExpertTransformer(config.transformer),
+            "vae": CausalVAE(config.vae),
+        }
+
+
+@cache
+def net_bytes(
+    config: CogVideoXConfig, dtype: torch.dtype, quantize: QuantizeMode
+) -> dict[str, tuple[int, int]]:
+    """Per net (all its weights, the most of them at once when blocks take turns: two blocks and the rest)."""
+    sizes = {}
+    for name, net in meta_nets(config).items():
+        blocks = blocks_of(net)
+        mode = "none" if name == "vae" else quantize
+        rest = Weights.of([net], without=blocks).nbytes * dtype.itemsize // 4  # meta nets are float32
+        parts = [quantized_bytes(block, dtype, mode) for block in blocks]
+        sizes[name] = rest + sum(parts), rest + sum(sorted(parts)[-2:])
+    return sizes
+
+
+# ---- work
+
+
+@cache
+def _text_work(config: T5Config, dtype: torch.dtype) -> int:
+    with META:
+        net = T5TextEncoder(replace(config, num_layers=1)).to(dtype)
+        ids = torch.zeros(1, config.text_len, dtype=torch.long)
+    return peak_bytes(lambda: net(ids))
+
+
+def _attend_nowhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What a fused kernel allocates."""
+    return torch.empty_like(q)
+
+
+@cache
+def _model_work(config: TransformerConfig, plan: Plan, dtype: torch.dtype, batch: int) -> int:
+    shape = (batch, *plan.geometry.latent_shape(config.out_channels))
+    with META:
+        model = ExpertTransformer(replace(config, num_layers=2), attend=_attend_nowhere).to(dtype)
+        x = torch.zeros(shape, dtype=dtype)
+        text = torch.zeros(batch, config.text_len, config.text_dim, dtype=dtype)
+        predict = Predictor(
+            model=model,
+            text=text,
+            negative=text if plan.guided else None,
+            image_latents=x if config.in_channels > config.out_channels else None,
+            ofs=plan.sampling.ofs if config.ofs_embed_dim else None,
+        )
+        states = 6 * x.numel() * torch.float32.itemsize  # the sampler's own
+        return peak_bytes(lambda: predict(x, 999)) + states
+
+
+@cache
+def _decode_work(
+    config: VAEConfig, size: tuple[int, int], latents: int, dtype: torch.dtype, tiled: bool
+) -> int:
+    """Of three pieces of one tile: what follows takes no more."""
+    height, width = (side // config.space_factor for side in size)
+    if tiled:
+        height, width = (min(a, b) for a, b in zip((height, width), decode_tiles(config).size, strict=True))
+    most = latents if config.decode_latents == 0 else min(latents, 3 * config.decode_latents + 1)
+    with META:
+        vae = CausalVAE(config).to(dtype)
+        z = torch.zeros(1, config.latent_channels, most, height, width, dtype=dtype)
+    return peak_bytes(lambda: vae.decode(z))
+
+
+@cache
+def _encode_work(
+    config: VAEConfig, size: tuple[int, int], frames: int, dtype: torch.dtype, tiled: bool
+) -> int:
+    height, width = size
+    if tiled:
+        height, width = (min(a, b) for a, b in zip(size, encode_tiles(config).size, strict=True))
+    most = frames if config.encode_frames == 0 else min(frames, 3 * config.encode_frames + 1)
+    with META:
+        vae = CausalVAE(config).to(dtype)
+        pixels = torch.zeros(1, 3, most, height, width, dtype=dtype)
+    return peak_bytes(lambda: vae.encode(pixels))
+
+
+def _video_bytes(plan: Plan, dtype: torch.dtype, batch: int) -> int:
+    size = plan.geometry
+    return batch * 3 * size.num_frames * size.height * size.width * dtype.itemsize
+
+
+def _pieces(config: VAEConfig, chunk: str) -> Iterator[Savers]:
+    """The model's own pieces, then (for "auto") halves of them, down to the smallest legal ones."""
+    yield Savers()
+    encode, decode = config.encode_frames or 64, config.decode_latents or 16
+    while chunk == "auto" and (encode > config.time_factor or decode > 2):
+        encode = max(config.time_factor, encode // 2 // config.time_factor * config.time_factor)
+        decode = max(2, decode // 4 * 2)
+        yield Savers(encode_frames=encode, decode_latents=decode)
