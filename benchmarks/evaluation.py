@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
-from benchmarks.fairness import notes, paired
-from benchmarks.metrics import METRICS, VIDEO_METRICS, RefusedError, cost, reconstruction
+from benchmarks.fairness import multiple_comparisons, notes, paired, set_difference
+from benchmarks.features.files import FeatureFiles
+from benchmarks.features.instruments import Instruments, load_instruments
+from benchmarks.metrics import METRICS, Metric, RefusedError, cost, diagnostics, reconstruction
+from benchmarks.metrics.distances import MIN_VIDEOS, SET_METRICS
 from benchmarks.runner import clip_hash, clip_names, item_hash
-from benchmarks.statistics import LEVEL, RESAMPLES, by_prompt, mean_interval
+from benchmarks.sets import SetScore, VideoSet, score_sets
+from benchmarks.statistics import GROUPS, LEVEL, RESAMPLES, by_prompt, mean_interval
 from benchmarks.storage import RunFolder, load_frames, sidecars
 from benchmarks.suites import Suite, items, suite_from
 from shared.video import Video
 
 TRUTH = "ground truth"
+CODED = "clips through the codec"
 
 
 @dataclass(kw_only=True)
@@ -22,10 +28,12 @@ class Measured:
     """One row of the comparison: a value of each metric for each item, and why a metric has none.
 
     `values` maps metric -> item id -> value; `items` says of each item which prompt it shows, and in "pair"
-    what must be equal for another row's item to be its pair.
+    what must be equal for another row's item to be its pair; `sets` holds metrics of all videos together.
     """
 
     name: str
+    metrics: dict[str, Metric] = field(default_factory=lambda: METRICS)
+    sets: dict[str, SetScore] = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     items: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -48,57 +56,113 @@ class Measured:
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Each metric with its interval over prompts and its recipe, in the metrics' own order."""
-        return {
-            name: {
-                **asdict(mean_interval([*self.by_prompt(name).values()], proportion=metric.proportion)),
-                "recipe": metric.recipe_line,
-            }
-            for name, metric in METRICS.items()
-            if self.values.get(name)
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for name, metric in self.metrics.items():
+            if self.values.get(name):
+                values = [*self.by_prompt(name).values()]
+                found[name] = asdict(mean_interval(values, proportion=metric.proportion))
+            elif name in self.sets:
+                found[name] = self.sets[name].summary()
+            else:
+                continue
+            found[name]["recipe"] = metric.recipe_line
+        return found
 
 
-def evaluate(folder: RunFolder) -> dict[str, Any]:
-    """Measure a run: the content of results.json, with per-item values under "items".
+def evaluate(folder: RunFolder, files: FeatureFiles | None = None) -> dict[str, Any]:
+    """Measure a run: the content of results.json, with per-item values under "items". `files` are used
+    instead of those that the suite names.
 
     Raises SettingError when the folder is no run or frames are not those of their sidecar.
     """
     index = folder.read_index()
     suite = suite_from({**index["suite"]})
-    rows = {name: measure_model(folder, suite, name, index["models"][name]) for name in suite.models}
+    files = FeatureFiles.parse(suite.feature_files) if files is None else files
+    tools = load_instruments(files, sets=suite.num_prompts >= MIN_VIDEOS)
+    truth, true_set = measure_truth(folder, suite, tools)
+    rows = {
+        name: measure_model(folder, suite, name, index["models"][name], tools, true_set)
+        for name in suite.models
+    }
     films = {name: finished_videos(folder, suite, name, index["models"][name]) for name in suite.models}
-    truth = measure_truth(folder, suite)
+    differences = paired(rows, films, tools.metrics) + set_differences(rows, films, tools.metrics)
+    told = [*notes(suite, rows, films, index["failed"]), *multiple_comparisons(differences)]
     return {
-        "recipe": recipe(suite, index),
+        "recipe": recipe(suite, index, tools.metrics),
         "models": {name: model_result(rows[name], films[name], index["models"][name]) for name in rows},
         "references": {TRUTH: {"metrics": truth.summary()}} if truth.values else {},
-        "differences": paired(rows, films),
-        "notes": notes(suite, rows, films, index["failed"]),
+        "differences": differences,
+        "notes": told,
+        "skipped": tools.skipped,
         "items": {name: per_item(row) for name, row in rows.items()},
     }
 
 
-def measure_model(folder: RunFolder, suite: Suite, model: str, described: dict[str, Any]) -> Measured:
-    """All metrics of one model: its videos, its cost, its codec."""
-    row = Measured(name=model)
+def measure_model(
+    folder: RunFolder,
+    suite: Suite,
+    model: str,
+    described: dict[str, Any],
+    tools: Instruments,
+    truth: VideoSet,
+) -> Measured:
+    """All metrics of one model: its videos, its cost, its codec, its distances from true clips."""
+    row, made = Measured(name=model, metrics=tools.metrics), VideoSet(name=model)
     for sidecar in finished_videos(folder, suite, model, described):
-        measure_video(row, sidecar, load_frames(folder.videos(model), sidecar))
+        video = load_frames(folder.videos(model), sidecar)
+        measure_video(row, sidecar, video, tools)
+        made.add(tools.nets, sidecar["prompt_index"], video)
         row.add(sidecar, "cost", lambda sidecar=sidecar: cost.measure(sidecar))
     if described["codec"] is None:
         row.refused[reconstruction.NAME] = "the model shows the benchmark no codec"
-    measure_codec(row, folder, suite, model, described)
+    coded = measure_codec(row, folder, suite, model, described, tools)
+    measure_diagnostics(row, folder, suite, model, described)
+    measure_sets(row, suite, (made, truth, coded), tools)
     return row
 
 
-def measure_video(row: Measured, sidecar: dict[str, Any], video: Video) -> None:
-    for family, measure in VIDEO_METRICS.items():
+def measure_sets(
+    row: Measured, suite: Suite, sets: tuple[VideoSet, VideoSet, VideoSet], tools: Instruments
+) -> None:
+    """Distances of the (made, true, coded) videos; reasons are told once for each kind of metric."""
+    if suite.num_prompts < MIN_VIDEOS:
+        row.refused["distances between sets"] = f"needs {MIN_VIDEOS} prompts or more, got {suite.num_prompts}"
+        return
+    row.sets, refused = score_sets(*sets, tools.nets)
+    for name, reason in refused.items():
+        metric = SET_METRICS[name]
+        limit = ", extrapolated" if metric.limit else ""
+        against = ", against the codec's clips" if metric.reference == "codec" else ""
+        row.refused.setdefault(f"{name.split('/')[0]}{limit}{against}", reason)
+
+
+def set_differences(
+    rows: dict[str, Measured], films: dict[str, Any], metrics: dict[str, Metric]
+) -> list[dict[str, Any]]:
+    """Of every two models' distances, on the same prompts."""
+    return [
+        set_difference(metrics[name], (a, b), rows[a].sets[name], rows[b].sets[name], (films[a], films[b]))
+        for a, b in combinations(rows, 2)
+        for name in SET_METRICS
+        if name in rows[a].sets and name in rows[b].sets
+    ]
+
+
+def measure_video(row: Measured, sidecar: dict[str, Any], video: Video, tools: Instruments) -> None:
+    for family, measure in tools.videos.items():
         row.add(sidecar, family, lambda measure=measure: measure(video, sidecar["prompt"]))
 
 
 def measure_codec(
-    row: Measured, folder: RunFolder, suite: Suite, model: str, described: dict[str, Any]
-) -> None:
-    """Clip ids are not item ids, so they get a prefix."""
+    row: Measured,
+    folder: RunFolder,
+    suite: Suite,
+    model: str,
+    described: dict[str, Any],
+    tools: Instruments,
+) -> VideoSet:
+    """Values of the codec, and what it makes of the clips. Clip ids are no item ids: they get a prefix."""
+    coded = VideoSet(name=CODED)
     target = folder.reconstructions(model)
     clips = {clip["id"]: clip for clip in sidecars(folder.clips, clip_names(suite)[: suite.num_clips])}
     for made in sidecars(target, list(clips)):
@@ -106,20 +170,46 @@ def measure_codec(
         if made["settings_hash"] == clip_hash(described["settings_hash"], clip):
             video, truth = load_frames(target, made), load_frames(folder.clips, clip)
             named = {**made, "id": f"clip {made['id']}", "pair": clip["frames_sha256"]}
-            row.add(named, reconstruction.NAME, _reconstruction(video, truth, clip["prompt"]))
+            row.add(named, reconstruction.NAME, _reconstruction(video, truth, clip["prompt"], tools))
+            if has_truth(suite):
+                coded.add(tools.nets, clip["prompt_index"], video)
+    return coded
 
 
-def _reconstruction(video: Video, truth: Video, prompt: str) -> Callable[[], dict[str, float]]:
-    return lambda: reconstruction.measure(video, truth, prompt)
+def _reconstruction(
+    video: Video, truth: Video, prompt: str, tools: Instruments
+) -> Callable[[], dict[str, float]]:
+    return lambda: reconstruction.measure(video, truth, prompt, tools.lpips)
 
 
-def measure_truth(folder: RunFolder, suite: Suite) -> Measured:
+def measure_diagnostics(
+    row: Measured, folder: RunFolder, suite: Suite, model: str, described: dict[str, Any]
+) -> None:
+    """What the model said of the true clips while it was loaded."""
+    clips = {clip["id"]: clip for clip in sidecars(folder.clips, clip_names(suite)[: suite.num_clips])}
+    for said in sidecars(folder.diagnostics(model), list(clips)):
+        clip = clips[said["id"]]
+        if said["settings_hash"] == clip_hash(described["settings_hash"], clip):
+            if said["refused"]:
+                row.refused[diagnostics.NAME] = said["refused"]
+            named = {**said, "id": f"diagnostic {said['id']}", "pair": clip["frames_sha256"]}
+            row.add(named, diagnostics.NAME, lambda said=said: said["values"])
+
+
+def has_truth(suite: Suite) -> bool:
+    """Are the clips of the suite's own prompts?"""
+    return isinstance(suite.prompts, str)
+
+
+def measure_truth(folder: RunFolder, suite: Suite, tools: Instruments) -> tuple[Measured, VideoSet]:
     """The row to read the others by: clips of the same captions, made by the shapes world itself."""
-    row = Measured(name=TRUTH)
-    if isinstance(suite.prompts, str):
+    row, clips = Measured(name=TRUTH, metrics=tools.metrics), VideoSet(name=TRUTH)
+    if has_truth(suite):
         for clip in sidecars(folder.clips, clip_names(suite)[: suite.num_prompts]):
-            measure_video(row, {**clip, "pair": clip["frames_sha256"]}, load_frames(folder.clips, clip))
-    return row
+            video = load_frames(folder.clips, clip)
+            measure_video(row, {**clip, "pair": clip["frames_sha256"]}, video, tools)
+            clips.add(tools.nets, clip["prompt_index"], video)
+    return row, clips
 
 
 def finished_videos(
@@ -147,15 +237,16 @@ def model_result(row: Measured, films: list[dict[str, Any]], described: dict[str
     }
 
 
-def recipe(suite: Suite, index: dict[str, Any]) -> dict[str, Any]:
+def recipe(suite: Suite, index: dict[str, Any], metrics: dict[str, Metric]) -> dict[str, Any]:
     """Everything that is needed to make the numbers again."""
     return {
         "suite": index["suite"],
         "command": index["command"],
         "seed": suite.seed,
-        "interval": {"level": LEVEL, "method": "bootstrap percentile over prompts; Wilson at 0 or 1",
-                     "resamples": RESAMPLES, "seed": 0},
-        "metrics": {name: {"id": metric.recipe_id, **asdict(metric)} for name, metric in METRICS.items()},
+        "interval": {"level": LEVEL, "method": "bootstrap percentile over prompts; Wilson at 0 or 1; "
+                     "jackknife over groups of prompts for distances between sets",
+                     "resamples": RESAMPLES, "groups": GROUPS, "seed": 0},
+        "metrics": {name: {"id": metric.recipe_id, **asdict(metric)} for name, metric in metrics.items()},
         "environment": index["environment"],
     }  # fmt: skip
 

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any, Protocol
 
-from benchmarks.metrics import METRICS, Metric
-from benchmarks.statistics import Interval, paired_difference
+from benchmarks.metrics import METRICS, Metric, RefusedError
+from benchmarks.sets import SetScore
+from benchmarks.statistics import Interval, holm, normal_p, paired_difference
 from benchmarks.suites import Suite
 
 FEW_PROMPTS = 16  # below, a difference must be very large for its interval to exclude zero
@@ -27,14 +28,16 @@ class Row(Protocol):
     def by_prompt(self, metric: str) -> dict[int, float]: ...
 
 
-def paired(rows: Mapping[str, Row], films: Mapping[str, Films]) -> list[dict[str, Any]]:
+def paired(
+    rows: Mapping[str, Row], films: Mapping[str, Films], metrics: Mapping[str, Metric] = METRICS
+) -> list[dict[str, Any]]:
     """The difference of every two models for every metric that both have, on the prompts that both have."""
     return [
         difference(
             metric, (a, b), (rows[a].by_prompt(name), rows[b].by_prompt(name)), unlike(films[a], films[b])
         )
         for a, b in combinations(rows, 2)
-        for name, metric in METRICS.items()
+        for name, metric in metrics.items()
         if rows[a].values.get(name) and rows[b].values.get(name)
     ]
 
@@ -63,6 +66,37 @@ def difference(
     first, second = ([v[index] for index in common] for v in values)
     interval = paired_difference(first, second, proportion=metric.proportion)
     return {**entry, **asdict(interval), "verdict": verdict(metric, names, interval)}
+
+
+def set_difference(
+    metric: Metric, names: tuple[str, str], first: SetScore, second: SetScore, films: tuple[Films, Films]
+) -> dict[str, Any]:
+    """The same for one number per set of videos: never between sets of other prompts, lengths or rates."""
+    entry = {"a": names[0], "b": names[1], "metric": metric.name, "recipe": metric.recipe_line}
+    if metric.per_frame_step and (reason := unlike(*films)):
+        return {**entry, "refused": f"{metric.title} depends on the step between frames; {reason}"}
+    try:
+        interval = first.minus(second)
+    except RefusedError as reason:
+        return {**entry, "refused": str(reason)}
+    return {**entry, **asdict(interval), "verdict": verdict(metric, names, interval)}
+
+
+def multiple_comparisons(differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A note on how many of the differences that were called stand when all are tested together."""
+    tested = [entry for entry in differences if "value" in entry and entry["n"] >= MIN_PAIRS]
+    called = [entry["low"] > 0 or entry["high"] < 0 for entry in tested]
+    if len(tested) < 2 or not any(called):
+        return []
+    stands = holm([normal_p(entry["value"], entry["low"], entry["high"]) for entry in tested])
+    fallen = [entry["metric"] for entry, a, b in zip(tested, called, stands, strict=True) if a and not b]
+    words = f"{len(tested)} differences are tested at 5 % each, so that one in twenty is called by chance; "
+    if not fallen:
+        return [f"{words}all {sum(called)} that are called also stand when tested together (Holm)"]
+    return [
+        f"{words}{sum(called) - len(fallen)} of {sum(called)} that are called stand when tested together "
+        f"(Holm), not {', '.join(fallen)}"
+    ]
 
 
 def verdict(metric: Metric, names: tuple[str, str], interval: Interval) -> str:

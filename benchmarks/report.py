@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import wording
 from benchmarks.evaluation import evaluate
+from benchmarks.features.files import FeatureFiles
 from benchmarks.metrics import METRICS
 from benchmarks.page import render_page
 from benchmarks.storage import RunFolder, read_json
@@ -16,12 +17,15 @@ from shared.files import atomic_path, write_json
 Results = Mapping[str, Any]
 
 
-def write_reports(folder: RunFolder, descriptions: Mapping[str, str] | None = None) -> dict[str, Any]:
+def write_reports(
+    folder: RunFolder, descriptions: Mapping[str, str] | None = None, files: FeatureFiles | None = None
+) -> dict[str, Any]:
     """Measure a run from its frames and write all its reports; returns what results.json holds.
 
-    `descriptions` adds a line on each model to the page.
+    `descriptions` adds a line on each model to the page; `files` are used instead of those that the suite
+    names.
     """
-    measured = write_results(folder, evaluate(folder))
+    measured = write_results(folder, evaluate(folder, files))
     write_text(folder.path / "report.md", markdown(measured))
     write_text(folder.path / "report.html", render_page(folder, measured, descriptions))
     return measured
@@ -41,7 +45,8 @@ def up_to_date(folder: RunFolder) -> bool:
     if not all(path.is_file() for path in paths):
         return False
     recipe, index = read_json(paths[0])["recipe"], folder.read_index()
-    ids = {name: metric.recipe_id for name, metric in METRICS.items()}
+    files = FeatureFiles.parse(index["suite"].get("feature_files", ()))
+    ids = {name: metric.recipe_id for name, metric in files.metrics().items()}
     same = all(recipe[name] == index[name] for name in ("suite", "command", "environment"))
     return same and {name: metric["id"] for name, metric in recipe["metrics"].items()} == ids
 
@@ -62,6 +67,7 @@ def markdown(results: Results) -> str:
         *(["## Differences", difference_table(results)] if results["differences"] else []),
         "## Stages of one video",
         stage_table(results),
+        *(["## Skipped", skipped_list(results)] if results["skipped"] else []),
         "## Notes",
         "\n".join(f"- {note}" for note in results["notes"]) or "None.",
         "## Repeat it",
@@ -123,6 +129,14 @@ def stage_table(results: Results) -> str:
         if rows
         else "No stages were reported."
     )
+
+
+def skipped_list(results: Results) -> str:
+    """The metrics that were not measured, by what they need."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in results["skipped"].items():
+        groups.setdefault(reason, []).append(name)
+    return "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in groups.items())
 
 
 def peak_cell(cost: Mapping[str, Any]) -> str:

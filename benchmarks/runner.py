@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from benchmarks.environment import environment
-from benchmarks.metrics import digest
+from benchmarks.metrics import diagnostics, digest
 from benchmarks.storage import RunFolder, describe, finished, load_frames, read_json, save_item, sidecars
 from benchmarks.suites import Item, Suite, items, world_captions
 from shared.clips import shapes
@@ -117,6 +118,7 @@ def make_share(
         generate_all(bench, worker.share(items(suite)), warm_up=suite.warm_up)
         clips = sidecars(folder.clips, clip_names(suite)[: suite.num_clips])
         reconstruct_all(bench, worker.share(clips))
+        diagnose_all(bench, worker.share(clips))
     return outcome
 
 
@@ -237,6 +239,39 @@ def reconstruct_all(bench: Bench, clips: list[dict[str, Any]]) -> None:
         sidecar = {**named, "settings_hash": clip_hash(bench.settings_hash, clip), **cost}
         save_item(target, clip["id"], video, sidecar, film=False)
         bench.outcome.made += 1
+
+
+def diagnose_all(bench: Bench, clips: list[dict[str, Any]]) -> None:
+    """Ask the model what it says of the clips, where it can (`shared.protocol.DiagnosticModel`)."""
+    ask = getattr(bench.generator, "diagnostics", None)
+    if ask is None:
+        return
+    target = bench.folder.diagnostics(bench.model)
+    pending = [c for c in clips if not said(target, c["id"], clip_hash(bench.settings_hash, c))]
+    bench.outcome.kept += len(clips) - len(pending)
+    for clip in bench.progress(pending, "clips"):
+        values, reason = {}, ""
+        try:
+            values = {
+                f"{diagnostics.NAME}/{name}": found[0]
+                for name, found in ask([load_frames(bench.folder.clips, clip)], [clip["prompt"]]).items()
+            }
+        except (
+            UserError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # clips that do not fit this model are no failure
+            reason = str(error)
+        named = {name: clip[name] for name in ("id", "prompt", "prompt_index")}
+        marked = {"settings_hash": clip_hash(bench.settings_hash, clip), "values": values, "refused": reason}
+        write_json(target / f"{clip['id']}.json", {**named, **marked})
+        bench.outcome.made += 1
+
+
+def said(folder: Path, name: str, settings_hash: str) -> bool:
+    """Is the diagnostic there, of this model and clip?"""
+    path = folder / f"{name}.json"
+    return path.is_file() and read_json(path).get("settings_hash") == settings_hash
 
 
 def reconstruct(codec: VideoCodec, clip: Video) -> tuple[Video, dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Where a run keeps what: frames without loss, a film for eyes, and a sidecar that says how each was made.
 
 RUN/run.json, RUN/videos/MODEL/ID.{mkv,mp4,json}, RUN/clips/N.{mkv,json} (ground truth),
-RUN/reconstructions/MODEL/N.{mkv,json}. The sidecar is written last: an item is finished when it is there.
+RUN/reconstructions/MODEL/N.{mkv,json}, RUN/diagnostics/MODEL/N.json (what the model says of clip N).
+The sidecar is written last: an item is finished when it is there.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class RunFolder:
 
     def reconstructions(self, model: str) -> Path:
         return self.path / "reconstructions" / folder_name(model)
+
+    def diagnostics(self, model: str) -> Path:
+        return self.path / "diagnostics" / folder_name(model)
 
     def read_index(self) -> dict[str, Any]:
         """The run's run.json; SettingError where this is no run."""

@@ -22,7 +22,8 @@ class Suite:
     """What a run does.
 
     `prompts` is a split of the shapes world, or the texts themselves; `num_clips` clips go through each
-    model's codec; `warm_up` makes one video per model that is neither kept nor timed.
+    model's codec; `warm_up` makes one video per model that is neither kept nor timed; `feature_files` are the
+    nets that some metrics need (`benchmarks.features.files.KINDS`).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Suite:
     num_clips: int = 8
     seed: int = 0
     warm_up: bool = False
+    feature_files: tuple[str, ...] = ()  # KIND=PATH
 
     def __post_init__(self) -> None:
         if not self.models or len(set(self.models)) < len(self.models):
@@ -57,6 +59,7 @@ class Suite:
         words = [f"--prompts {self.prompts}" if given else "--prompt_file PROMPTS.txt"]
         words += [f"--{name} {value}" for name, value in flags.items()]
         words += ["--warm_up"] if self.warm_up else []
+        words += [f"--feature_files {' '.join(self.feature_files)}"] if self.feature_files else []
         name = self.name if self.name in suite_names() else f"{self.name}.json"
         return f"cogvideo-bench run {name} --models {' '.join(self.models)} {' '.join(words)}"
 

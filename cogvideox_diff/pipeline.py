@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cogvideox_diff import lora
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SchedulerName
-from cogvideox_diff.formats import Parts, load_parts, open_folder, write_diffusers, write_ours
+from cogvideox_diff.diagnostics import diagnose
+from cogvideox_diff.formats import Layout, Parts, load_parts, open_folder, save_model
 from cogvideox_diff.generation import NOTHING, Batch, Callback, Engine, Given, Item
 from cogvideox_diff.lora_files import LoRAReport
 from cogvideox_diff.planning import DEFAULTS, CallSettings, Plan, check_request, tasks_of
@@ -123,10 +124,11 @@ class CogVideoXPipeline:
         self,
         folder: str | Path,
         *,
-        format: Literal["ours", "diffusers"] = "ours",
+        format: Layout = "ours",
         dtype: str | torch.dtype | None = None,
     ) -> Path:
-        """Write a folder that `from_pretrained` reads; "diffusers" also loads in diffusers' pipelines.
+        """Write a folder that `from_pretrained` reads; "diffusers" also loads in diffusers' pipelines, "sat"
+        is as the SAT code reads it.
 
         `dtype` is the type on disk (default: as in memory); the present one stays the one to compute in.
         SettingError while there are adapters: `lora.fuse` or `lora.remove` says what becomes of them."""
@@ -134,12 +136,11 @@ class CogVideoXPipeline:
             raise SettingError(
                 f"the transformer has adapters ({', '.join(names)}); fuse or remove them first"
             )
-        if format not in ("ours", "diffusers"):
-            raise SettingError(f'format must be "ours" or "diffusers", got {format!r}')
+        if format not in get_args(Layout):
+            raise SettingError(f"format must be one of {', '.join(get_args(Layout))}, got {format!r}")
         stored = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-        write = write_ours if format == "ours" else write_diffusers
-        run = str(self.engine.dtype).removeprefix("torch.")
-        write(Path(folder), self.config, self.parts, self.engine.tokenizer_path, stored=stored, run=run)
+        run, tokenizer = str(self.engine.dtype).removeprefix("torch."), self.engine.tokenizer_path
+        save_model(Path(folder), format, self.config, self.parts, tokenizer, stored=stored, run=run)
         return Path(folder)
 
     @property
@@ -275,6 +276,10 @@ class CogVideoXPipeline:
             batch = self.engine.run([_item(requests[i]) for i in places], plan, NOTHING, callback=callback)
             results |= dict(zip(places, self._results(batch, plan), strict=True))
         return [results[i] for i in range(len(requests))]
+
+    def diagnostics(self, videos: Sequence[Video], prompts: Sequence[str]) -> dict[str, list[float]]:
+        """The training loss on true clips by timestep (`cogvideox_diff.diagnostics.diagnose`)."""
+        return diagnose(self.engine, videos, prompts)
 
     def _results(self, batch: Batch, plan: Plan) -> list[DiffusionResult]:
         assert batch.pixels is not None

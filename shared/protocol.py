@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,6 +52,14 @@ class VideoGenerator(Protocol):
     def generate(self, request: GenerationRequest) -> GenerationResult: ...
 
     def settings(self) -> dict: ...
+
+
+class DiagnosticModel(Protocol):
+    """A model that says of true clips how well it predicts them; the benchmark asks where it is offered."""
+
+    def diagnostics(self, videos: Sequence[Video], prompts: Sequence[str]) -> dict[str, list[float]]:
+        """One value per clip of every figure; ValueError for clips that the model cannot take."""
+        ...
 
 
 class VideoCodec(Protocol):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import registry
+from benchmarks.features.files import FeatureFiles
 from benchmarks.report import write_reports
 from benchmarks.storage import RunFolder
 from shared.verbs import say
@@ -13,11 +14,14 @@ from shared.verbs import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("--feature_files", nargs="+", metavar="KIND=PATH",
+                        help="instead of the suite's, e.g. i3d=PATH clip=FOLDER; see `list`")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object instead of sentences")
 
 
 def run(options: argparse.Namespace) -> None:
     folder = RunFolder(path=options.run)
-    results = write_reports(folder, registry.descriptions(folder.read_index()["models"]))
+    files = None if options.feature_files is None else FeatureFiles.parse(options.feature_files)
+    results = write_reports(folder, registry.descriptions(folder.read_index()["models"]), files)
     page = folder.path / "report.html"
     say(options, {"ok": True, "report": str(page), "models": results["models"]}, [f"report: {page}"])

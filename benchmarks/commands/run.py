@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import registry
 from benchmarks.engines import ENGINES, run_with
+from benchmarks.features.files import FeatureFiles
 from benchmarks.report import up_to_date, write_reports
 from benchmarks.runner import Outcome
 from benchmarks.storage import RunFolder
@@ -15,7 +16,17 @@ from benchmarks.suites import SPLITS, Suite, items, load_suite, read_prompts
 from shared.errors import BatchError, SettingError
 from shared.verbs import add_output_flags, say
 
-OVERRIDES = ("models", "num_prompts", "num_videos_per_prompt", "num_clips", "seed", "warm_up", "prompts")
+OVERRIDES = (
+    "models",
+    "num_prompts",
+    "num_videos_per_prompt",
+    "num_clips",
+    "seed",
+    "warm_up",
+    "prompts",
+    "feature_files",
+)
+FILES_HELP = "nets that some metrics need, e.g. i3d=PATH clip=FOLDER; see `list feature_files`"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--warm_up", action=argparse.BooleanOptionalAction, default=None,
                         help="make one video per model first that is not timed")  # fmt: skip
+    parser.add_argument("--feature_files", nargs="+", metavar="KIND=PATH", help=FILES_HELP)
     parser.add_argument("--engine", choices=ENGINES, default="local", help="who makes the videos")
     parser.add_argument("--workers", type=int, default=1, help="for the engine ray")
     parser.add_argument("--dry_run", action="store_true", help="say what would be made, and stop")
@@ -43,6 +55,8 @@ def requested_suite(options: argparse.Namespace) -> Suite:
     given = {name: getattr(options, name) for name in OVERRIDES if getattr(options, name) is not None}
     if "models" in given:
         given["models"] = tuple(given["models"])
+    if "feature_files" in given:
+        given["feature_files"] = tuple(given["feature_files"])
     if options.prompt_file is not None:
         texts = read_prompts(options.prompt_file)
         given |= {"prompts": texts, "num_prompts": given.get("num_prompts", len(texts))}
@@ -53,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     suite = requested_suite(options)
     for model in suite.models:
         registry.resolve(model)  # a wrong name is better known before hours of work
+    FeatureFiles.parse(suite.feature_files)
     folder = RunFolder(path=options.output_path or Path("out") / suite.name)
     if options.dry_run:
         say_plan(suite, folder, options)

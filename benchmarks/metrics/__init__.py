@@ -1,13 +1,24 @@
-"""The built-in metrics: one pure function of frames per file, none needs outside weights.
+"""The metrics: recipes, and one pure function for each. Nets that need weights are in `benchmarks.features`.
 
-To add one: a file with METRICS and `measure(video, prompt) -> {name: value}`, and its line in VIDEO_METRICS.
+To add a metric of one video: a file with METRICS and `measure(video, prompt) -> {name: value}`, and its line
+in VIDEO_METRICS. To add a distance: its line in `distances.SET_METRICS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.metrics import cost, motion, prompt_accuracy, reconstruction, temporal_consistency
+from benchmarks.metrics import (
+    clip_scores,
+    cost,
+    diagnostics,
+    distances,
+    dynamics,
+    motion,
+    prompt_accuracy,
+    reconstruction,
+    temporal_consistency,
+)
 from benchmarks.metrics.base import Metric, RefusedError, digest
 from shared.video import Video
 
@@ -19,9 +30,20 @@ VIDEO_METRICS: dict[str, VideoMetric] = {
     prompt_accuracy.NAME: prompt_accuracy.measure,
     motion.NAME: motion.measure,
     temporal_consistency.NAME: temporal_consistency.measure,
+    dynamics.NAME: dynamics.measure,
 }
 METRICS: dict[str, Metric] = {
     metric.name: metric
-    for module in (prompt_accuracy, motion, temporal_consistency, reconstruction, cost)
+    for module in (
+        prompt_accuracy,
+        motion,
+        temporal_consistency,
+        dynamics,
+        clip_scores,
+        distances,
+        reconstruction,
+        diagnostics,
+        cost,
+    )
     for metric in module.METRICS
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -15,7 +15,9 @@ class RefusedError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """How a number is to be read. `per_frame_step` marks a value that depends on the time and the pixels
-    between two frames, so that it compares videos of equal rate and size only."""
+    between two frames, so that it compares videos of equal rate and size only. `over` "sets" is one number
+    for all videos together; `needs` names the user's feature file (`benchmarks.features.files.KINDS`);
+    `mark` is a warning that stands wherever the number does."""
 
     name: str
     title: str
@@ -24,6 +26,9 @@ class Metric:
     better: Literal["higher", "lower", "neither"] = "higher"
     proportion: bool = False
     per_frame_step: bool = False
+    over: Literal["videos", "sets"] = "videos"
+    needs: str = ""
+    mark: str = ""
     parameters: dict[str, Any] = field(default_factory=dict)
     version: int = 1
 
@@ -34,7 +39,11 @@ class Metric:
 
     @property
     def recipe_line(self) -> str:
-        return f"{self.recipe_id} {self.recipe}"
+        return f"{self.recipe_id} {self.recipe}" + (f"; {self.mark}" if self.mark else "")
+
+    def with_file(self, sha256: str) -> Metric:
+        """The same metric measured with this file: numbers of other files have another recipe."""
+        return replace(self, parameters={**self.parameters, "file_sha256": sha256})
 
 
 def digest(content: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,14 @@ METRICS = (
         parameters={"window": WINDOW, "sigma": SIGMA, "k1": K1, "k2": K2},
     ),
     Metric(
+        name=f"{NAME}/lpips",
+        title="Codec LPIPS",
+        recipe="LPIPS of decode(encode(clip)) against the clip, frames in -1..1 at their own size, mean over "
+        "frames, by the file given as `lpips`",
+        better="lower",
+        needs="lpips",
+    ),
+    Metric(
         name=f"{NAME}/prompt_accuracy",
         title="Prompt accuracy after the codec",
         recipe="prompt_accuracy of decode(encode(clip)) against the clip's own caption: the ceiling that the "
@@ -39,13 +49,17 @@ METRICS = (
 )
 
 
-def measure(video: Video, truth: Video, prompt: str) -> dict[str, float]:
+def measure(
+    video: Video, truth: Video, prompt: str, lpips: Callable[[Video, Video], float] | None = None
+) -> dict[str, float]:
     """Values of one reconstruction. Raises RefusedError where the two differ in shape."""
     if video.frames.shape != truth.frames.shape:
         got, want = list(video.frames.shape), list(truth.frames.shape)
         raise RefusedError(f"the codec returned frames {got} for a clip of {want}")
     first, second = (x.frames.permute(0, 3, 1, 2).double() / 255 for x in (video, truth))  # [T, C, H, W]
     values = {f"{NAME}/psnr": psnr(first, second), f"{NAME}/ssim": ssim(first, second)}
+    if lpips is not None:
+        values[f"{NAME}/lpips"] = lpips(video, truth)
     accuracy = prompt_accuracy.measure(video, prompt)[prompt_accuracy.NAME]
     return {**values, f"{NAME}/prompt_accuracy": accuracy}
 
