@@ -13,6 +13,7 @@ PROGRAM = Program(
     verbs={
         "generate": "make videos of prompts, of an image, or of another video",
         "train": "train a preset's model",
+        "convert": "write a model in another layout: ours, diffusers' or SAT's",
         "lora": "look into an adapter, merge it into weights, or rewrite it",
     },
 )

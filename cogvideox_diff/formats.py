@@ -8,44 +8,45 @@ diffusers' own files know neither frame rates nor legal lengths. SAT: see `sat_l
 
 from __future__ import annotations
 
-import json
-import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from cogvideox_diff.checkpoints import DIFFUSERS_TRANSFORMER, DIFFUSERS_VAE
 from cogvideox_diff.config import CogVideoXConfig
-from cogvideox_diff.delta import apply_delta
-from cogvideox_diff.diffusers_config import PIECES, config_from_diffusers, diffusers_configs, pipeline_index
-from cogvideox_diff.sat_layout import TEXT_FOLDER, is_sat, read_sat, sat_config
+from cogvideox_diff.diffusers_config import config_from_diffusers
+from cogvideox_diff.model_files import (
+    DIFFUSERS_INDEX,
+    EMBED,
+    FAMILY,
+    FOREIGN_CONFIG,
+    FORMAT,
+    OUR_CONFIG,
+    SHARED,
+    TOKENIZER,
+    Layout,
+    Part,
+    empty_net,
+    read_json,
+    read_part,
+    write_model,
+)
+from cogvideox_diff.sat_layout import is_sat, sat_config, text_folder
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
-from shared.checkpoints import convert, invert, load_into, load_tensors, save_tensors
-from shared.config_io import from_plain, read_header, save_config
-from shared.errors import SettingError, WeightsError
-from shared.files import write_json
+from shared.checkpoints import load_into, load_tensors
+from shared.config_io import from_plain, read_header
+from shared.errors import WeightsError
 from shared.runtime import parse_dtype
 
-FAMILY = "cogvideox_diff"
-FORMAT = 1
 DEMOS = {
     "demo": Path(__file__).parent / "demo",
     "demo-i2v": Path(__file__).parent / "demo" / "image_to_video",
 }
-OUR_CONFIG = "config.json"
-FOREIGN_CONFIG = "cogvideox_diff.json"  # ours, in a diffusers folder
-DIFFUSERS_INDEX = "model_index.json"
-TOKENIZER = "tokenizer"
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-Layout = Literal["ours", "diffusers", "sat"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class ModelFolder:
 
     @property
     def tokenizer(self) -> Path:
-        return (self.base or self.path) / (TEXT_FOLDER if self.layout == "sat" else TOKENIZER)
+        return text_folder(self.path) if self.layout == "sat" else (self.base or self.path) / TOKENIZER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,9 @@ class Parts:
 def open_folder(source: str | Path, config: CogVideoXConfig | None = None) -> ModelFolder:
     """Recognise `source` ("demo", "demo-i2v" or a folder) and read its configuration.
 
-    `config` replaces that of a SAT folder, which has none of its own; without it the released model of the
-    same structure is taken. Raises WeightsError where there is no such folder or nothing in it is known."""
+    `config` replaces that of a SAT folder, which has none of its own unless it was written here; without
+    either the released model of the same structure is taken. WeightsError where there is no such folder or
+    nothing in it is known."""
     path = DEMOS.get(str(source), Path(source))
     if not path.is_dir():
         raise WeightsError(
@@ -88,8 +90,7 @@ def open_folder(source: str | Path, config: CogVideoXConfig | None = None) -> Mo
     if (path / OUR_CONFIG).is_file():
         return _open_ours(path)
     if is_sat(path):
-        dtype = _stored_dtype(path / "transformer")
-        return ModelFolder(path=path, layout="sat", config=config or sat_config(path), trained_dtype=dtype)
+        return _open_sat(path, config)
     raise WeightsError(
         f"{path} is no model folder: neither {OUR_CONFIG} (ours) nor {DIFFUSERS_INDEX} (diffusers) nor "
         "transformer/latest (SAT) is in it"
@@ -98,39 +99,57 @@ def open_folder(source: str | Path, config: CogVideoXConfig | None = None) -> Mo
 
 def load_parts(folder: ModelFolder, dtype: torch.dtype) -> Parts:
     """Read the weights, cast to `dtype`, into nets built without memory of their own."""
-    read = {"ours": _read_ours, "diffusers": _read_diffusers, "sat": _read_sat}[folder.layout]
-    transformer, vae, text = read(folder)
-    config = folder.config
-    with torch.device("meta"):
-        empty = ExpertTransformer(config.transformer), CausalVAE(config.vae), T5TextEncoder(config.text)
     return Parts(
-        transformer=_filled(empty[0], transformer, dtype),
-        vae=_filled(empty[1], vae, dtype),
-        text_encoder=_tied(_filled(empty[2], _text_dtypes(text, dtype), None)),
+        transformer=cast("ExpertTransformer", _load(folder, "transformer", dtype)),
+        vae=cast("CausalVAE", _load(folder, "vae", dtype)),
+        text_encoder=_tied(cast("T5TextEncoder", _load(folder, "text_encoder", dtype))),
     )
 
 
-def _filled(model: ModuleT, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> ModuleT:
-    load_into(model, tensors, dtype=dtype)
-    return model.eval().requires_grad_(False)
+def _load(folder: ModelFolder, part: Part, dtype: torch.dtype) -> nn.Module:
+    tensors, net = read_part(folder, part), empty_net(part, folder.config)
+    if part == "text_encoder":
+        load_into(net, _text_dtypes(tensors, dtype))
+    else:
+        load_into(net, tensors, dtype=dtype)
+    return net.eval().requires_grad_(False)
+
+
+def save_model(
+    folder: Path,
+    layout: Layout,
+    config: CogVideoXConfig,
+    parts: Parts,
+    tokenizer: Path,
+    *,
+    stored: torch.dtype | None,
+    run: str,
+) -> None:
+    """`model_files.write_model` of nets in memory."""
+    nets: dict[Part, nn.Module] = {
+        "transformer": parts.transformer,
+        "vae": parts.vae,
+        "text_encoder": parts.text_encoder,
+    }
+    write_model(
+        folder, layout, config, lambda part: nets[part].state_dict(), tokenizer, stored=stored, run=run
+    )
 
 
 # ---- text encoder
-
-_SHARED, _EMBED = "t5.shared.weight", "t5.encoder.embed_tokens.weight"  # two names of one table
 
 
 def _text_dtypes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Cast, but keep in float32 the matrices that overflow in float16; the table appears under both names."""
     kept = ".wo." if dtype == torch.float16 else None
-    cast = {
+    result = {
         name: x.to(torch.float32 if kept and kept in name else dtype)
         for name, x in tensors.items()
-        if name != _EMBED
+        if name != EMBED
     }
-    if _SHARED in cast:
-        cast[_EMBED] = cast[_SHARED]
-    return cast
+    if SHARED in result:
+        result[EMBED] = result[SHARED]
+    return result
 
 
 def _tied(encoder: T5TextEncoder) -> T5TextEncoder:
@@ -138,11 +157,7 @@ def _tied(encoder: T5TextEncoder) -> T5TextEncoder:
     return encoder
 
 
-def _text_tensors(encoder: T5TextEncoder) -> dict[str, Tensor]:
-    return {name: x for name, x in encoder.state_dict().items() if name != _EMBED}
-
-
-# ---- ours
+# ---- recognising
 
 
 def _open_ours(path: Path) -> ModelFolder:
@@ -166,63 +181,13 @@ def _read_config(path: Path) -> tuple[CogVideoXConfig, torch.dtype]:
         raise WeightsError(f"{path} does not describe a model: {error}") from error
 
 
-def _read_ours(folder: ModelFolder) -> tuple[dict[str, Tensor], ...]:
-    names = ("transformer", "vae", "text_encoder")
-    whole = folder.base or folder.path
-    transformer, *others = (load_tensors(whole / f"{name}.safetensors") for name in names)
-    if folder.base is not None:
-        transformer = apply_delta(transformer, folder.path)
-    return transformer, *others
-
-
-def write_ours(
-    folder: Path,
-    config: CogVideoXConfig,
-    parts: Parts,
-    tokenizer: Path,
-    *,
-    stored: torch.dtype | None,
-    run: str,
-) -> None:
-    """Write our layout; `stored` is the type on disk (None: as in memory), `run` the one to compute in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "transformer": parts.transformer.state_dict(),
-        "vae": parts.vae.state_dict(),
-        "text_encoder": _text_tensors(parts.text_encoder),
-    }
-    for name, content in tensors.items():
-        save_tensors(_cast(content, stored), folder / f"{name}.safetensors")
-    _copy_tokenizer(tokenizer, folder / TOKENIZER)
-    save_config(config, folder / OUR_CONFIG, family=FAMILY, format=FORMAT, dtype=run)
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {name: x if dtype is None else x.to(dtype) for name, x in tensors.items()}
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """A tokenizer folder's files (or the one model file) into `target`."""
-    if source.resolve() == target.resolve():
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    if source.is_file():
-        shutil.copyfile(source, target / "spiece.model")
-        return
-    for file in (file for file in source.iterdir() if file.is_file()):
-        shutil.copyfile(file, target / file.name)
-
-
-# ---- diffusers: reading
-
-
 def _open_diffusers(path: Path) -> ModelFolder:
     dtype = _stored_dtype(path / "transformer")
     if (path / FOREIGN_CONFIG).is_file():
         config, dtype = _read_config(path / FOREIGN_CONFIG)
         return ModelFolder(path=path, layout="diffusers", config=config, trained_dtype=dtype)
-    plain = {part: _read_json(path / part / "config.json") for part in ("transformer", "vae", "text_encoder")}
-    plain["scheduler"] = _read_json(path / "scheduler" / "scheduler_config.json")
+    plain = {part: read_json(path / part / "config.json") for part in ("transformer", "vae", "text_encoder")}
+    plain["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     try:
         config = config_from_diffusers(plain)
     except WeightsError:
@@ -239,79 +204,8 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return next(x.dtype for x in tensors.values() if x.is_floating_point())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
-
-
-def _read_diffusers(folder: ModelFolder) -> tuple[dict[str, Tensor], ...]:
-    transformer = load_tensors(folder.path / "transformer")
-    if folder.config.transformer.position != "rope+learned":
-        transformer.pop("patch_embed.pos_embedding", None)  # the fixed table, computed here
-    return (
-        convert(transformer, DIFFUSERS_TRANSFORMER),
-        convert(load_tensors(folder.path / "vae"), DIFFUSERS_VAE),
-        _read_t5(folder.path / "text_encoder"),
-    )
-
-
-def _read_t5(folder: Path) -> dict[str, Tensor]:
-    """transformers' encoder; a decoder in the same files is left out."""
-    return {f"t5.{n}": x for n, x in load_tensors(folder).items() if n.startswith(("shared.", "encoder."))}
-
-
-def _read_sat(folder: ModelFolder) -> tuple[dict[str, Tensor], ...]:
-    text = folder.path / TEXT_FOLDER
-    if not text.is_dir():
-        raise WeightsError(
-            f"missing {text}: put the text encoder and its tokenizer there, as for the SAT code"
-        )
-    return *read_sat(folder.path, folder.config), _read_t5(text)
-
-
-# ---- diffusers: writing
-
-
-def write_diffusers(
-    folder: Path,
-    config: CogVideoXConfig,
-    parts: Parts,
-    tokenizer: Path,
-    *,
-    stored: torch.dtype | None,
-    run: str,
-) -> None:
-    """Write a folder that diffusers' CogVideoX pipelines load; arguments as `write_ours`."""
-    _warn_of_losses(config)
-    written = {
-        "transformer": invert(parts.transformer.state_dict(), DIFFUSERS_TRANSFORMER),
-        "vae": invert(parts.vae.state_dict(), DIFFUSERS_VAE),
-        "text_encoder": {n.removeprefix("t5."): x for n, x in _text_tensors(parts.text_encoder).items()},
-    }
-    files = dict.fromkeys(written, "diffusion_pytorch_model") | {"text_encoder": "model"}
-    for part, plain in diffusers_configs(config).items():
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        write_json(folder / part / name, plain)
-    for part, tensors in written.items():
-        path = folder / part / f"{files[part]}.safetensors"
-        save_tensors(_cast(tensors, stored), path, {"format": "pt"})
-    _copy_tokenizer(tokenizer, folder / TOKENIZER)
-    write_json(folder / DIFFUSERS_INDEX, pipeline_index(config))
-    save_config(config, folder / FOREIGN_CONFIG, family=FAMILY, format=FORMAT, dtype=run)
-
-
-def _warn_of_losses(config: CogVideoXConfig) -> None:
-    """Say what diffusers' files cannot hold; refuse what its network cannot compute."""
-    net, vae = config.transformer, config.vae
-    if net.patch_size[1] != net.patch_size[2] or net.mlp_ratio != 4:
-        raise SettingError("diffusers knows square patches and an MLP ratio of 4 only")
-    if (vae.encode_frames, vae.decode_latents) != PIECES:
-        warnings.warn(
-            f"diffusers encodes {PIECES[0]} frames and decodes {PIECES[1]} latents at a time, this model "
-            f"{vae.encode_frames} and {vae.decode_latents} (0: all): frames will differ unless its VAE's "
-            "num_sample_frames_batch_size and num_latent_frames_batch_size are set so",
-            stacklevel=4,
-        )
+def _open_sat(path: Path, config: CogVideoXConfig | None) -> ModelFolder:
+    dtype = _stored_dtype(path / "transformer")
+    if config is None and (path / FOREIGN_CONFIG).is_file():
+        config, dtype = _read_config(path / FOREIGN_CONFIG)
+    return ModelFolder(path=path, layout="sat", config=config or sat_config(path), trained_dtype=dtype)

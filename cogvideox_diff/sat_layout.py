@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from cogvideox_diff.checkpoints import SAT_VAE, merge_sat_adapters, sat_transformer_table
-from cogvideox_diff.config import PRESETS, SAT_FINAL_NORM_EPS, CogVideoXConfig
-from shared.checkpoints import convert, load_tensors
+from cogvideox_diff.config import PRESETS, SAT_FINAL_NORM_EPS, CogVideoXConfig, TransformerConfig
+from cogvideox_diff.positions import rope_angles, rope_coordinates, sincos_table
+from shared.checkpoints import load_tensors
 from shared.errors import WeightsError
 
 VAE_FILE = "vae/3d-vae.pt"
 TEXT_FOLDER = "t5-v1_1-xxl"  # transformers' layout, model and tokenizer in one folder
 _PREFIX = "model.diffusion_model."
+_UNUSED_POSITIONS = 64  # rows of the SAT trunk's own position table, which no model reads
 
 Structure = tuple[int, int, int, bool, bool]  # layers, width, input channels, frames in pairs, offset input
 
@@ -57,10 +59,26 @@ def _structure(tensors: Mapping[str, Tensor], path: Path) -> Structure:
     return len(layers), len(kernel), kernel.shape[1] // (8 if pairs else 1), pairs, offset
 
 
-def read_sat(path: Path, config: CogVideoXConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(transformer, VAE) under our names; adapters in the file are added to their weights."""
-    transformer = merge_sat_adapters(load_tensors(path / "transformer"))
-    return (
-        convert(transformer, sat_transformer_table(config.transformer)),
-        convert(load_tensors(path / VAE_FILE), SAT_VAE),
-    )
+def text_folder(path: Path) -> Path:
+    """The folder of the text encoder: by its usual name, else the only one that holds a tokenizer."""
+    found = sorted(file.parent for file in path.glob("*/spiece.model"))
+    return found[0] if len(found) == 1 else path / TEXT_FOLDER
+
+
+def sat_tables(config: TransformerConfig) -> dict[str, Tensor]:
+    """What a SAT file holds beside weights, and its reader misses otherwise: fixed positions, float32."""
+    position = _PREFIX + "mixins.pos_embed."
+    if config.position == "sincos":
+        table = sincos_table(config.sample_grid, config.hidden_dim, scale=config.sincos_scale)
+        return {
+            position + "pos_embedding": torch.cat(
+                [table.new_zeros(config.text_len, config.hidden_dim), table]
+            )[None]
+        }
+    unused = torch.zeros(_UNUSED_POSITIONS, config.hidden_dim)
+    tables = {_PREFIX + "transformer.position_embeddings.weight": unused}
+    if config.patch_size[0] == 1:  # 1.5 computes its angles anew
+        coordinates = rope_coordinates(config.sample_grid, config.sample_grid, config.grid_rule)
+        angles = rope_angles(coordinates, config.head_dim).repeat_interleave(2, dim=-1)
+        tables |= {position + "freqs_sin": angles.sin(), position + "freqs_cos": angles.cos()}
+    return tables

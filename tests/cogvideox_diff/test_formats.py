@@ -121,7 +121,9 @@ def test_sat_folders(variant: str, spiece: Path, tmp_path: Path, monkeypatch: py
     options["num_inference_steps"] = 1
     wanted = pipe(PROMPT, output_type="latent", **options)
     assert torch.equal(given(PROMPT, output_type="latent", **options), wanted)
-    (folder / "t5-v1_1-xxl").rename(folder / "elsewhere")
+    (folder / "t5-v1_1-xxl").rename(folder / "text")  # known by its tokenizer, not by its name
+    assert open_folder(folder, pipe.config).tokenizer == folder / "text"
+    (folder / "text").rename(tmp_path.parent / f"{tmp_path.name}-text")
     with pytest.raises(WeightsError, match="put the text encoder"):
         CogVideoXPipeline.from_pretrained(folder, config=pipe.config, device="cpu")
 
