@@ -19,7 +19,7 @@ from torch import Tensor
 from cogvideox_diff import lora
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SchedulerName
 from cogvideox_diff.diagnostics import diagnose
-from cogvideox_diff.formats import Layout, Parts, load_parts, open_folder, save_model
+from cogvideox_diff.formats import Parts, load_parts, open_folder, write_diffusers, write_ours
 from cogvideox_diff.generation import NOTHING, Batch, Callback, Engine, Given, Item
 from cogvideox_diff.lora_files import LoRAReport
 from cogvideox_diff.planning import DEFAULTS, CallSettings, Plan, check_request, tasks_of
@@ -124,11 +124,10 @@ class CogVideoXPipeline:
         self,
         folder: str | Path,
         *,
-        format: Layout = "ours",
+        format: Literal["ours", "diffusers"] = "ours",
         dtype: str | torch.dtype | None = None,
     ) -> Path:
-        """Write a folder that `from_pretrained` reads; "diffusers" also loads in diffusers' pipelines, "sat"
-        is as the SAT code reads it.
+        """Write a folder that `from_pretrained` reads; "diffusers" also loads in diffusers' pipelines.
 
         `dtype` is the type on disk (default: as in memory); the present one stays the one to compute in.
         SettingError while there are adapters: `lora.fuse` or `lora.remove` says what becomes of them."""
@@ -136,11 +135,12 @@ class CogVideoXPipeline:
             raise SettingError(
                 f"the transformer has adapters ({', '.join(names)}); fuse or remove them first"
             )
-        if format not in get_args(Layout):
-            raise SettingError(f"format must be one of {', '.join(get_args(Layout))}, got {format!r}")
+        if format not in ("ours", "diffusers"):
+            raise SettingError(f'format must be "ours" or "diffusers", got {format!r}')
         stored = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-        run, tokenizer = str(self.engine.dtype).removeprefix("torch."), self.engine.tokenizer_path
-        save_model(Path(folder), format, self.config, self.parts, tokenizer, stored=stored, run=run)
+        write = write_ours if format == "ours" else write_diffusers
+        run = str(self.engine.dtype).removeprefix("torch.")
+        write(Path(folder), self.config, self.parts, self.engine.tokenizer_path, stored=stored, run=run)
         return Path(folder)
 
     @property
