@@ -6,10 +6,11 @@ Legend: B batch, T latent frames, C latent channels, H/W latent rows/columns, L 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -19,15 +20,20 @@ from torch import Tensor
 from cogvideox_diff import lora
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SchedulerName
 from cogvideox_diff.diagnostics import diagnose
-from cogvideox_diff.formats import Parts, load_parts, open_folder, write_diffusers, write_ours
+from cogvideox_diff.formats import Layout, Parts, load_parts, open_folder, save_model
 from cogvideox_diff.generation import NOTHING, Batch, Callback, Engine, Given, Item
 from cogvideox_diff.lora_files import LoRAReport
+from cogvideox_diff.memory import Savers, advice, choose_savers
 from cogvideox_diff.planning import DEFAULTS, CallSettings, Plan, check_request, tasks_of
+from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.config_io import to_plain
 from shared.errors import SettingError
 from shared.protocol import GenerationRequest, GenerationResult
-from shared.runtime import Placement, parse_device, parse_dtype
+from shared.memory import free_bytes, memory_stage
+from shared.offload import OffloadMode, Placement, check_offload
+from shared.quantize import QuantizeMode, check_quantize, is_quantized, quantize
+from shared.runtime import parse_device, parse_dtype
 from shared.video import Video
 
 OutputType = Literal["video", "latent", "pt", "np", "pil"]
@@ -67,9 +73,10 @@ class VAECodec:
 class CogVideoXPipeline:
     """A loaded model. Calling it makes videos; `generate` and `settings` are the benchmark's protocol.
 
-    `tokenizer` is a tokenizer folder or file. `offload` names the device where nets wait for their turn;
-    `tiled` codes large frames in blended tiles, which saves memory and changes them a little. All noise is
-    drawn on the CPU in float32, so a seed means the same whatever the batch or the device.
+    `tokenizer` is a tokenizer folder or file. `offload` says where nets wait for their turn (see
+    `shared.offload.Placement`); `tiled` codes large frames in blended tiles, which saves memory and changes
+    them a little; `sliced` codes one video of a batch at a time, which changes nothing. All noise is drawn on
+    the CPU in float32, so a seed means the same whatever the batch or the device.
     """
 
     def __init__(
@@ -80,12 +87,23 @@ class CogVideoXPipeline:
         *,
         name: str = "cogvideox",
         device: torch.device | str = "cpu",
-        offload: torch.device | str | None = None,
+        offload: OffloadMode = "none",
         tiled: bool = False,
+        sliced: bool = True,
+        read_text_encoder: Callable[[], T5TextEncoder] | None = None,
     ) -> None:
         self.config, self.name = config, name
         self.tasks: frozenset[str] = frozenset(tasks_of(config))
-        self.engine = Engine(config, parts, Path(tokenizer), Placement(device, offload), tiled=tiled)
+        self.savers = Savers(offload=offload, tiled=tiled)
+        self.engine = Engine(
+            config,
+            parts,
+            Path(tokenizer),
+            Placement(device, offload),
+            tiled=tiled,
+            sliced=sliced,
+            read_text_encoder=read_text_encoder,
+        )
 
     @classmethod
     def from_pretrained(
@@ -95,8 +113,12 @@ class CogVideoXPipeline:
         config: CogVideoXConfig | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
-        offload: str | None = None,
-        tiled: bool = False,
+        offload: str = "none",
+        tiled: bool | Literal["auto"] = False,
+        sliced: bool = True,
+        vae_chunk: str = "own",
+        quantize: QuantizeMode = "none",
+        plan: Plan | None = None,
         force_dtype: bool = False,
     ) -> CogVideoXPipeline:
         """Load "demo" or a folder in our layout, in diffusers' or in SAT's, told apart by content.
@@ -104,7 +126,12 @@ class CogVideoXPipeline:
         `config` is for SAT folders of models that were never released: SAT's weights come without one.
         `dtype` defaults to the one that the model was trained in, `device` to the first GPU or else the CPU.
         float16 for a bfloat16 model overflows: SettingError unless `force_dtype`. WeightsError for a folder
-        that is no model. Nothing is downloaded."""
+        that is no model. Nothing is downloaded.
+
+        Memory: `offload` "none", "model", "sequential" or "auto"; `tiled` True, False or "auto"; `vae_chunk`
+        "own" or "auto"; `quantize` "none", "int8" or "fp8" (needs torchao). "auto" takes what costs least and
+        fits the device's free memory for `plan` (None: the model's native size); `savers` says what came out.
+        OutOfMemoryError where nothing fits."""
         folder = open_folder(source, config)
         chosen = folder.trained_dtype if dtype is None else dtype
         chosen = parse_dtype(chosen) if isinstance(chosen, str) else chosen
@@ -113,21 +140,36 @@ class CogVideoXPipeline:
                 "got float16 for a model trained in bfloat16; legal: bfloat16 (nearest), float32"
             )
         place = parse_device(device or "auto")
-        parts = load_parts(folder, chosen)
-        name = "cogvideox-demo" if str(source) == "demo" else folder.path.resolve().name
-        waiting = None if offload is None else parse_device(offload)
-        return cls(
-            folder.config, parts, folder.tokenizer, name=name, device=place, offload=waiting, tiled=tiled
+        check_quantize(quantize)
+        savers = choose(
+            folder.config, place, chosen, plan, offload=offload, tiled=tiled, vae_chunk=vae_chunk, quantize=quantize
         )
+        folder = replace(folder, config=replace(folder.config, vae=savers.vae(folder.config.vae)))
+        with memory_stage("loading", lambda: advice("loading", dtype=chosen, quantize=quantize)):
+            parts = quantized(load_parts(folder, chosen), quantize)
+        pipeline = cls(
+            folder.config,
+            parts,
+            folder.tokenizer,
+            name="cogvideox-demo" if str(source) == "demo" else folder.path.resolve().name,
+            device=place,
+            offload=savers.offload,
+            tiled=savers.tiled,
+            sliced=sliced,
+            read_text_encoder=partial(_read_text_encoder, folder, chosen, quantize),
+        )
+        pipeline.savers = savers
+        return pipeline
 
     def save_pretrained(
         self,
         folder: str | Path,
         *,
-        format: Literal["ours", "diffusers"] = "ours",
+        format: Layout = "ours",
         dtype: str | torch.dtype | None = None,
     ) -> Path:
-        """Write a folder that `from_pretrained` reads; "diffusers" also loads in diffusers' pipelines.
+        """Write a folder that `from_pretrained` reads; "diffusers" also loads in diffusers' pipelines, "sat"
+        is as the SAT code reads it.
 
         `dtype` is the type on disk (default: as in memory); the present one stays the one to compute in.
         SettingError while there are adapters: `lora.fuse` or `lora.remove` says what becomes of them."""
@@ -135,12 +177,14 @@ class CogVideoXPipeline:
             raise SettingError(
                 f"the transformer has adapters ({', '.join(names)}); fuse or remove them first"
             )
-        if format not in ("ours", "diffusers"):
-            raise SettingError(f'format must be "ours" or "diffusers", got {format!r}')
+        if format not in get_args(Layout):
+            raise SettingError(f"format must be one of {', '.join(get_args(Layout))}, got {format!r}")
+        if is_quantized(self.parts.transformer):
+            raise SettingError("the weights are quantized; save what was loaded with quantize='none'")
+        self.engine.text_encoder()  # in memory again
         stored = parse_dtype(dtype) if isinstance(dtype, str) else dtype
-        write = write_ours if format == "ours" else write_diffusers
-        run = str(self.engine.dtype).removeprefix("torch.")
-        write(Path(folder), self.config, self.parts, self.engine.tokenizer_path, stored=stored, run=run)
+        run, tokenizer = str(self.engine.dtype).removeprefix("torch."), self.engine.tokenizer_path
+        save_model(Path(folder), format, self.config, self.parts, tokenizer, stored=stored, run=run)
         return Path(folder)
 
     @property
@@ -306,6 +350,61 @@ class CogVideoXPipeline:
             text=_batched("prompt_embeds", text, features, count),
             negative=_batched("negative_prompt_embeds", negative, features, count),
         )
+
+
+def choose(
+    config: CogVideoXConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: Plan | None = None,
+    *,
+    offload: str = "none",
+    tiled: bool | Literal["auto"] = False,
+    vae_chunk: str = "own",
+    quantize: QuantizeMode = "none",
+) -> Savers:
+    """What "auto" comes to on `device`; without any "auto" the given settings. SettingError for unknown names."""
+    check_offload(offload)
+    if vae_chunk not in ("own", "auto"):
+        raise SettingError(f"unknown vae_chunk {vae_chunk!r}; legal: own, auto")
+    if device.type == "cpu":
+        offload = "none"  # the CPU computes where weights wait
+    free = free_bytes(device)
+    if free is None or "auto" not in (offload, tiled, vae_chunk):
+        known = cast("OffloadMode", "none" if offload == "auto" else offload)
+        return Savers(offload=known, tiled=tiled is True)
+    return choose_savers(
+        config,
+        native_plan(config) if plan is None else plan,
+        dtype,
+        free=free,
+        offload=offload,
+        tiling="auto" if tiled == "auto" else "on" if tiled else "off",
+        chunk="auto" if vae_chunk == "auto" else "own",
+        quantize=quantize,
+    )
+
+
+def native_plan(config: CogVideoXConfig) -> Plan:
+    """A call that sets nothing."""
+    size = config.geometry
+    needs_image = tasks_of(config) == {"i2v"}
+    return check_request(
+        config, image=torch.zeros(size.height, size.width, 3, dtype=torch.uint8) if needs_image else None
+    )
+
+
+def quantized(parts: Parts, mode: QuantizeMode) -> Parts:
+    """The transformer's and the text encoder's blocks in 8 bits, in place; the VAE is small."""
+    quantize(parts.transformer, mode)
+    quantize(parts.text_encoder, mode)
+    return parts
+
+
+def _read_text_encoder(folder: ModelFolder, dtype: torch.dtype, mode: QuantizeMode) -> T5TextEncoder:
+    encoder = load_text_encoder(folder, dtype)
+    quantize(encoder, mode)
+    return encoder
 
 
 def as_image(image: object) -> Tensor:
