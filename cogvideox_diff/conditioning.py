@@ -29,18 +29,20 @@ def video_pixels(video: Video, geometry: VideoGeometry) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: CausalVAE, pixels: Tensor, noise_BTCHW: Tensor, *, tiled: bool = False) -> Tensor:
+def encode(
+    vae: CausalVAE, pixels: Tensor, noise_BTCHW: Tensor, *, tiled: bool = False, sliced: bool = True
+) -> Tensor:
     """A sample of the posterior, unscaled [B, T, C, H, W]; `noise_BTCHW` is standard normal."""
-    posterior = vae.encode(pixels, tiled=tiled, sliced=True)
+    posterior = vae.encode(pixels, tiled=tiled, sliced=sliced)
     noise = noise_BTCHW.transpose(1, 2).to(posterior.mean)  # [B, T, C, H, W] -> [B, C, T, H, W]
     return posterior.sample(noise).transpose(1, 2)
 
 
 @torch.no_grad()
-def decode(vae: CausalVAE, latents_BTCHW: Tensor, *, tiled: bool = False) -> Tensor:
+def decode(vae: CausalVAE, latents_BTCHW: Tensor, *, tiled: bool = False, sliced: bool = True) -> Tensor:
     """Scaled latents without padding -> pixels [B, 3, frames, h, w]."""
     z_BCTHW = unscale_latents(latents_BTCHW, vae.config).transpose(1, 2)
-    return vae.decode(z_BCTHW, tiled=tiled, sliced=True)
+    return vae.decode(z_BCTHW, tiled=tiled, sliced=sliced)
 
 
 def image_latents(z_B1CHW: Tensor, config: CogVideoXConfig, geometry: VideoGeometry) -> Tensor:

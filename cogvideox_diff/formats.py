@@ -102,8 +102,13 @@ def load_parts(folder: ModelFolder, dtype: torch.dtype) -> Parts:
     return Parts(
         transformer=cast("ExpertTransformer", _load(folder, "transformer", dtype)),
         vae=cast("CausalVAE", _load(folder, "vae", dtype)),
-        text_encoder=_tied(cast("T5TextEncoder", _load(folder, "text_encoder", dtype))),
+        text_encoder=load_text_encoder(folder, dtype),
     )
+
+
+def load_text_encoder(folder: ModelFolder, dtype: torch.dtype) -> T5TextEncoder:
+    """That part alone; see `load_parts`."""
+    return _tied(cast("T5TextEncoder", _load(folder, "text_encoder", dtype)))
 
 
 def _load(folder: ModelFolder, part: Part, dtype: torch.dtype) -> nn.Module:

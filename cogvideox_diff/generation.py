@@ -5,8 +5,10 @@ Legend: B batch, T latent frames, C latent channels, H/W latent rows/columns, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,16 +20,22 @@ from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.denoising import Step, denoise
 from cogvideox_diff.formats import Parts
 from cogvideox_diff.guidance import Predictor, make_guidance
+from cogvideox_diff.memory import advice
 from cogvideox_diff.planning import Plan
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.schedulers import draw_from, draw_noise, make_scheduler
-from cogvideox_diff.text_encoder import encode_prompts
+from cogvideox_diff.text_encoder import T5TextEncoder, encode_prompts
+from shared.errors import SettingError
+from shared.memory import memory_stage
+from shared.offload import Placement
 from shared.protocol import StageStats
-from shared.runtime import Placement, StageTimer, check_finite, generator
+from shared.quantize import is_quantized
+from shared.runtime import Stage, StageTimer, check_finite, generator
 from shared.tokenizers.t5 import T5Tokenizer
 from shared.video import Video
 
 Callback = Callable[[Step], None]
+KEPT_PROMPTS = 256  # whose features are remembered; one of T5-XXL's is 1.8 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +76,28 @@ class Batch:
 
 
 class Engine:
-    """The nets of one model and how they are run; `tokenizer` is a tokenizer folder or file."""
+    """The nets of one model and how they are run; `tokenizer` is a tokenizer folder or file.
+
+    Prompts are encoded once and remembered. Where nets wait for their turn and `read_text_encoder` is given,
+    the text encoder's memory is given back as soon as the prompts of a call are known."""
 
     def __init__(
-        self, config: CogVideoXConfig, parts: Parts, tokenizer: Path, placement: Placement, *, tiled: bool
+        self,
+        config: CogVideoXConfig,
+        parts: Parts,
+        tokenizer: Path,
+        placement: Placement,
+        *,
+        tiled: bool = False,
+        sliced: bool = True,
+        read_text_encoder: Callable[[], T5TextEncoder] | None = None,
     ) -> None:
         self.config, self.parts, self.tokenizer_path = config, parts, tokenizer
-        self.placement, self.tiled = placement, tiled
-        placement.place(parts.text_encoder, parts.transformer, parts.vae)
+        self.placement, self.tiled, self.sliced = placement, tiled, sliced
+        self.read_text_encoder = read_text_encoder
+        self._known: OrderedDict[str, tuple[Tensor, str]] = OrderedDict()
+        placement.place(parts.transformer, parts.vae)
+        placement.place(parts.text_encoder, pin=False)  # it is not needed often: let it stay a mapped file
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,22 +121,42 @@ class Engine:
         decoded: bool = True,
     ) -> Batch:
         timer = StageTimer(self.device)
-        with timer.stage("text"):
+        with self._stage(timer, "text"):
             text, negative, cut = self._text(items, plan, given)
         noise = self._noise(items, plan, given)
         encoded = None
         if plan.task != "t2v":
-            with timer.stage("encode", unit="frames") as stage:
+            with self._stage(timer, "encode", unit="frames") as stage:
                 encoded, stage.units = self._encode(items, plan)
-        with timer.stage("model", unit="steps", units=plan.num_steps):
+        with self._stage(timer, "model", unit="steps", units=plan.num_steps):
             latents = self._denoise(items, plan, text, negative, noise, encoded, callback)
         latents = conditioning.drop_padding(latents, plan.geometry)
         pixels = None
         if decoded:
-            with timer.stage("decode", unit="frames") as stage:
+            with self._stage(timer, "decode", unit="frames") as stage:
                 pixels = self._decode(latents)
                 stage.units = len(pixels) * pixels.shape[2]
         return Batch(latents=latents, pixels=pixels, stages=timer.stages, warnings=cut)
+
+    @contextmanager
+    def _stage(self, timer: StageTimer, name: str, *, unit: str = "", units: int = 0) -> Iterator[Stage]:
+        """A timed stage that says what to try if memory runs out in it."""
+        with (
+            timer.stage(name, unit=unit, units=units) as stage,
+            memory_stage(name, lambda: self.savers(name)),
+        ):
+            yield stage
+
+    def savers(self, stage: str) -> list[str]:
+        """What is left to try if `stage` does not fit into memory."""
+        return advice(
+            stage,
+            offload=self.placement.mode,
+            tiled=self.tiled,
+            dtype=self.dtype,
+            quantize="int8" if is_quantized(self.parts.transformer) else "none",
+            on_cpu=self.device.type == "cpu",
+        )
 
     def _text(
         self, items: Sequence[Item], plan: Plan, given: Given
@@ -136,13 +178,39 @@ class Engine:
 
     def _features(self, prompts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Per different prompt its features [L, D], and its end that did not fit."""
-        unique = list(dict.fromkeys(prompts))
-        if not unique:
-            return {}, {}
-        with self.placement.computing(self.parts.text_encoder):
-            features, tails = encode_prompts(self.parts.text_encoder, self.tokenizer, unique)
-        check_finite("text features", features)
-        return dict(zip(unique, self._moved(features), strict=True)), dict(zip(unique, tails, strict=True))
+        self.remember(prompts)
+        found = {prompt: self._known[prompt] for prompt in prompts}
+        return {p: self._moved(x) for p, (x, _) in found.items()}, {p: tail for p, (_, tail) in found.items()}
+
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encode the prompts that are not known yet, one at a time, so that features do not depend on what is
+        encoded beside them; then give the text encoder's memory back, where it can be read again."""
+        wanted = list(dict.fromkeys(prompts))
+        if unknown := [prompt for prompt in wanted if prompt not in self._known]:
+            with self.placement.computing(encoder := self.text_encoder()):
+                for prompt in unknown:
+                    features, tails = encode_prompts(encoder, self.tokenizer, [prompt])
+                    self._known[prompt] = check_finite("text features", features)[0].cpu(), tails[0]
+            if self.placement.mode != "none" and self.read_text_encoder is not None:
+                self.release_text_encoder()
+        for prompt in wanted:
+            self._known.move_to_end(prompt)
+        while len(self._known) > max(KEPT_PROMPTS, len(wanted)):
+            self._known.popitem(last=False)
+
+    def text_encoder(self) -> T5TextEncoder:
+        """The text encoder, read again if its memory was given back."""
+        if next(self.parts.text_encoder.parameters()).is_meta:
+            assert self.read_text_encoder is not None
+            self.parts = replace(self.parts, text_encoder=self.read_text_encoder())
+            self.placement.place(self.parts.text_encoder, pin=False)
+        return self.parts.text_encoder
+
+    def release_text_encoder(self) -> None:
+        """Give the text encoder's memory back; an unknown prompt then reads it again."""
+        if self.read_text_encoder is None:
+            raise SettingError("the text encoder cannot be released: it was not read from a folder")
+        self.parts.text_encoder.to("meta")
 
     def _moved(self, x: Tensor | None) -> Tensor:
         assert x is not None
@@ -161,7 +229,7 @@ class Engine:
         shape = ((frames - 1) // self.config.vae.time_factor + 1, *self._latent_frame(plan))
         noise = draw_noise(shape, [item.random("posterior") for item in items])
         with self.placement.computing(self.parts.vae):
-            z = conditioning.encode(self.parts.vae, pixels, noise, tiled=self.tiled)
+            z = conditioning.encode(self.parts.vae, pixels, noise, tiled=self.tiled, sliced=self.sliced)
         if plan.task == "i2v":
             return conditioning.image_latents(z, self.config, plan.geometry), frames * len(items)
         return conditioning.clean_latents(z, self.config), frames * len(items)
@@ -204,9 +272,8 @@ class Engine:
 
     def _decode(self, latents: Tensor) -> Tensor:
         with self.placement.computing(self.parts.vae):
-            return check_finite(
-                "decoded frames", conditioning.decode(self.parts.vae, latents, tiled=self.tiled)
-            )
+            frames = conditioning.decode(self.parts.vae, latents, tiled=self.tiled, sliced=self.sliced)
+            return check_finite("decoded frames", frames)
 
 
 def _pixels(item: Item, plan: Plan) -> Tensor:

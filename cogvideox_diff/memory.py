@@ -10,24 +10,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from cogvideox_diff.config import CogVideoXConfig, T5Config, TransformerConfig, VAEConfig
 from cogvideox_diff.guidance import Predictor
-from cogvideox_diff.planning import Plan
+from cogvideox_diff.planning import Plan, check_request, tasks_of
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from cogvideox_diff.vae.tiling import decode_tiles, encode_tiles
-from shared.errors import OutOfMemoryError
-from shared.memory import in_words, peak_bytes
-from shared.offload import OffloadMode, Weights, blocks_of
-from shared.quantize import QuantizeMode, quantized_bytes
+from shared.errors import OutOfMemoryError, SettingError
+from shared.memory import free_bytes, in_words, peak_bytes
+from shared.model_folder import without_memory
+from shared.offload import OffloadMode, Weights, blocks_of, check_offload
+from shared.quantize import QuantizeMode, check_quantize, quantize, quantized_bytes
 
-META = torch.device("meta")
+if TYPE_CHECKING:
+    from cogvideox_diff.formats import Parts
+
 RESERVE = 2**30  # the device's own libraries, and workspaces inside of operators
 MARGIN = 1.1  # of what is computed: allocators round up and fall to pieces
 OFFLOADS: tuple[OffloadMode, ...] = ("none", "model", "sequential")  # the quickest first
@@ -58,7 +61,19 @@ class Savers:
     tiled: bool = False
     encode_frames: int | None = None  # None: the model's own
     decode_latents: int | None = None
+    quantize: QuantizeMode = "none"
     reason: str = ""
+
+    def effects(self) -> dict[str, Any]:
+        """Those that change the frames, as JSON values."""
+        pieces = {"encode_frames": self.encode_frames, "decode_latents": self.decode_latents}
+        changed = {name: n for name, n in pieces.items() if n is not None}
+        quantize = {} if self.quantize == "none" else {"quantize": self.quantize}
+        return {"tiling": self.tiled} | changed | quantize
+
+    def __str__(self) -> str:
+        tiles = "tiles" if self.tiled else "no tiles"
+        return f"offload {self.offload}, {tiles}" + (f" ({self.reason})" if self.reason else "")
 
     def vae(self, config: VAEConfig) -> VAEConfig:
         pieces = {"encode_frames": self.encode_frames, "decode_latents": self.decode_latents}
@@ -117,7 +132,7 @@ def choose_savers(
             most = worst.total(mode, whole)
             if most <= free:
                 reason = f"{worst.stage} needs {in_words(most)} of {in_words(free)}"
-                return replace(pieces, offload=mode, tiled=tiled, reason=reason)
+                return replace(pieces, offload=mode, tiled=tiled, quantize=quantize, reason=reason)
             if best is None or most < best[0]:
                 best = most, worst
     assert best is not None
@@ -129,11 +144,62 @@ def choose_savers(
     )
 
 
+def resolve_savers(
+    config: CogVideoXConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: Plan | None = None,
+    *,
+    offload: str = "none",
+    tiled: bool | Literal["auto"] = False,
+    vae_chunk: str = "own",
+    quantize: QuantizeMode = "none",
+) -> Savers:
+    """What "auto" comes to on `device` for `plan` (None: a call that sets nothing); without any "auto" what
+    is given. SettingError for unknown names, OutOfMemoryError where nothing fits."""
+    check_offload(offload)
+    check_quantize(quantize)
+    if vae_chunk not in ("own", "auto"):
+        raise SettingError(f"unknown vae_chunk {vae_chunk!r}; legal: own, auto")
+    reason = ""
+    if device.type == "cpu" and offload != "none":
+        offload, reason = "none", "the CPU computes where weights wait"
+    free = free_bytes(device)
+    if free is None or "auto" not in (offload, tiled, vae_chunk):
+        known = cast("OffloadMode", "none" if offload == "auto" else offload)
+        return Savers(offload=known, tiled=tiled is True, quantize=quantize, reason=reason)
+    return choose_savers(
+        config,
+        native_plan(config) if plan is None else plan,
+        dtype,
+        free=free,
+        offload=offload,
+        tiling="auto" if tiled == "auto" else "on" if tiled else "off",
+        chunk="auto" if vae_chunk == "auto" else "own",
+        quantize=quantize,
+    )
+
+
+def native_plan(config: CogVideoXConfig) -> Plan:
+    """A call that sets nothing."""
+    size = config.geometry
+    needs_image = tasks_of(config) == {"i2v"}
+    image = torch.zeros(size.height, size.width, 3, dtype=torch.uint8) if needs_image else None
+    return check_request(config, image=image)
+
+
+def quantized(parts: Parts, mode: QuantizeMode) -> Parts:
+    """The transformer's and the text encoder's blocks in 8 bits, in place; the VAE is small."""
+    quantize(parts.transformer, mode)
+    quantize(parts.text_encoder, mode)
+    return parts
+
+
 def advice(
     stage: str,
     *,
-    offload: str,
-    tiled: bool,
+    offload: str = "none",
+    tiled: bool = False,
     dtype: torch.dtype,
     quantize: str = "none",
     on_cpu: bool = False,
@@ -156,7 +222,7 @@ def advice(
 
 def meta_nets(config: CogVideoXConfig) -> dict[str, nn.Module]:
     """The three nets without memory."""
-    with META:
+    with without_memory():
         return {
             "text_encoder": T5TextEncoder(config.text),
             "transformer": ExpertTransformer(config.transformer),
@@ -184,7 +250,7 @@ def net_bytes(
 
 @cache
 def _text_work(config: T5Config, dtype: torch.dtype) -> int:
-    with META:
+    with without_memory():
         net = T5TextEncoder(replace(config, num_layers=1)).to(dtype)
         ids = torch.zeros(1, config.text_len, dtype=torch.long)
     return peak_bytes(lambda: net(ids))
@@ -198,7 +264,7 @@ def _attend_nowhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @cache
 def _model_work(config: TransformerConfig, plan: Plan, dtype: torch.dtype, batch: int) -> int:
     shape = (batch, *plan.geometry.latent_shape(config.out_channels))
-    with META:
+    with without_memory():
         model = ExpertTransformer(replace(config, num_layers=2), attend=_attend_nowhere).to(dtype)
         x = torch.zeros(shape, dtype=dtype)
         text = torch.zeros(batch, config.text_len, config.text_dim, dtype=dtype)
@@ -222,7 +288,7 @@ def _decode_work(
     if tiled:
         height, width = (min(a, b) for a, b in zip((height, width), decode_tiles(config).size, strict=True))
     most = latents if config.decode_latents == 0 else min(latents, 3 * config.decode_latents + 1)
-    with META:
+    with without_memory():
         vae = CausalVAE(config).to(dtype)
         z = torch.zeros(1, config.latent_channels, most, height, width, dtype=dtype)
     return peak_bytes(lambda: vae.decode(z))
@@ -236,7 +302,7 @@ def _encode_work(
     if tiled:
         height, width = (min(a, b) for a, b in zip(size, encode_tiles(config).size, strict=True))
     most = frames if config.encode_frames == 0 else min(frames, 3 * config.encode_frames + 1)
-    with META:
+    with without_memory():
         vae = CausalVAE(config).to(dtype)
         pixels = torch.zeros(1, 3, most, height, width, dtype=dtype)
     return peak_bytes(lambda: vae.encode(pixels))

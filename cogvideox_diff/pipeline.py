@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,19 +20,27 @@ from torch import Tensor
 from cogvideox_diff import lora
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SchedulerName
 from cogvideox_diff.diagnostics import diagnose
-from cogvideox_diff.formats import Layout, Parts, load_parts, open_folder, save_model
+from cogvideox_diff.formats import (
+    Layout,
+    ModelFolder,
+    Parts,
+    load_parts,
+    load_text_encoder,
+    open_folder,
+    save_model,
+)
 from cogvideox_diff.generation import NOTHING, Batch, Callback, Engine, Given, Item
 from cogvideox_diff.lora_files import LoRAReport
-from cogvideox_diff.memory import Savers, advice, choose_savers
+from cogvideox_diff.memory import Savers, advice, quantized, resolve_savers
 from cogvideox_diff.planning import DEFAULTS, CallSettings, Plan, check_request, tasks_of
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.config_io import to_plain
 from shared.errors import SettingError
+from shared.memory import memory_stage
+from shared.offload import OffloadMode, Placement
 from shared.protocol import GenerationRequest, GenerationResult
-from shared.memory import free_bytes, memory_stage
-from shared.offload import OffloadMode, Placement, check_offload
-from shared.quantize import QuantizeMode, check_quantize, is_quantized, quantize
+from shared.quantize import QuantizeMode, is_quantized, quantize
 from shared.runtime import parse_device, parse_dtype
 from shared.video import Video
 
@@ -118,7 +126,7 @@ class CogVideoXPipeline:
         sliced: bool = True,
         vae_chunk: str = "own",
         quantize: QuantizeMode = "none",
-        plan: Plan | None = None,
+        savers: Savers | None = None,
         force_dtype: bool = False,
     ) -> CogVideoXPipeline:
         """Load "demo" or a folder in our layout, in diffusers' or in SAT's, told apart by content.
@@ -130,8 +138,8 @@ class CogVideoXPipeline:
 
         Memory: `offload` "none", "model", "sequential" or "auto"; `tiled` True, False or "auto"; `vae_chunk`
         "own" or "auto"; `quantize` "none", "int8" or "fp8" (needs torchao). "auto" takes what costs least and
-        fits the device's free memory for `plan` (None: the model's native size); `savers` says what came out.
-        OutOfMemoryError where nothing fits."""
+        fits the device's free memory at the model's native size; `savers`, from `memory.resolve_savers`,
+        replaces these four. The pipeline's `savers` says what came out. OutOfMemoryError: nothing fits."""
         folder = open_folder(source, config)
         chosen = folder.trained_dtype if dtype is None else dtype
         chosen = parse_dtype(chosen) if isinstance(chosen, str) else chosen
@@ -140,13 +148,19 @@ class CogVideoXPipeline:
                 "got float16 for a model trained in bfloat16; legal: bfloat16 (nearest), float32"
             )
         place = parse_device(device or "auto")
-        check_quantize(quantize)
-        savers = choose(
-            folder.config, place, chosen, plan, offload=offload, tiled=tiled, vae_chunk=vae_chunk, quantize=quantize
-        )
+        if savers is None:
+            savers = resolve_savers(
+                folder.config,
+                place,
+                chosen,
+                offload=offload,
+                tiled=tiled,
+                vae_chunk=vae_chunk,
+                quantize=quantize,
+            )
         folder = replace(folder, config=replace(folder.config, vae=savers.vae(folder.config.vae)))
-        with memory_stage("loading", lambda: advice("loading", dtype=chosen, quantize=quantize)):
-            parts = quantized(load_parts(folder, chosen), quantize)
+        with memory_stage("loading", lambda: advice("loading", dtype=chosen)):
+            parts = quantized(load_parts(folder, chosen), savers.quantize)
         pipeline = cls(
             folder.config,
             parts,
@@ -156,7 +170,7 @@ class CogVideoXPipeline:
             offload=savers.offload,
             tiled=savers.tiled,
             sliced=sliced,
-            read_text_encoder=partial(_read_text_encoder, folder, chosen, quantize),
+            read_text_encoder=partial(_read_text_encoder, folder, chosen, savers.quantize),
         )
         pipeline.savers = savers
         return pipeline
@@ -352,59 +366,8 @@ class CogVideoXPipeline:
         )
 
 
-def choose(
-    config: CogVideoXConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    plan: Plan | None = None,
-    *,
-    offload: str = "none",
-    tiled: bool | Literal["auto"] = False,
-    vae_chunk: str = "own",
-    quantize: QuantizeMode = "none",
-) -> Savers:
-    """What "auto" comes to on `device`; without any "auto" the given settings. SettingError for unknown names."""
-    check_offload(offload)
-    if vae_chunk not in ("own", "auto"):
-        raise SettingError(f"unknown vae_chunk {vae_chunk!r}; legal: own, auto")
-    if device.type == "cpu":
-        offload = "none"  # the CPU computes where weights wait
-    free = free_bytes(device)
-    if free is None or "auto" not in (offload, tiled, vae_chunk):
-        known = cast("OffloadMode", "none" if offload == "auto" else offload)
-        return Savers(offload=known, tiled=tiled is True)
-    return choose_savers(
-        config,
-        native_plan(config) if plan is None else plan,
-        dtype,
-        free=free,
-        offload=offload,
-        tiling="auto" if tiled == "auto" else "on" if tiled else "off",
-        chunk="auto" if vae_chunk == "auto" else "own",
-        quantize=quantize,
-    )
-
-
-def native_plan(config: CogVideoXConfig) -> Plan:
-    """A call that sets nothing."""
-    size = config.geometry
-    needs_image = tasks_of(config) == {"i2v"}
-    return check_request(
-        config, image=torch.zeros(size.height, size.width, 3, dtype=torch.uint8) if needs_image else None
-    )
-
-
-def quantized(parts: Parts, mode: QuantizeMode) -> Parts:
-    """The transformer's and the text encoder's blocks in 8 bits, in place; the VAE is small."""
-    quantize(parts.transformer, mode)
-    quantize(parts.text_encoder, mode)
-    return parts
-
-
 def _read_text_encoder(folder: ModelFolder, dtype: torch.dtype, mode: QuantizeMode) -> T5TextEncoder:
-    encoder = load_text_encoder(folder, dtype)
-    quantize(encoder, mode)
-    return encoder
+    return quantize(load_text_encoder(folder, dtype), mode)
 
 
 def as_image(image: object) -> Tensor:

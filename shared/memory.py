@@ -77,7 +77,7 @@ def memory_stage(stage: str, rungs: Callable[[], Sequence[str]]) -> Iterator[Non
         size = f" (asked for {in_words(asked)} more)" if asked else ""
         first, *others = rungs()
         then = f"; then {', '.join(others)}" if others else ""
-        raise OutOfMemoryError(f"out of memory while {stage}{size}; try {first}{then}") from error
+        raise OutOfMemoryError(f"out of memory in stage {stage!r}{size}; try {first}{then}") from error
 
 
 # ---- what a computation takes

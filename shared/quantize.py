@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from shared.offload import Weights, blocks_of
 QuantizeMode = Literal["none", "int8", "fp8"]
 QUANTIZE_MODES = get_args(QuantizeMode)
 SCALE_BYTES = 4
+NetT = TypeVar("NetT", bound=nn.Module)
 
 
 def check_quantize(name: str) -> None:
@@ -34,7 +35,7 @@ def _torchao():  # type: ignore[no-untyped-def]
     return quantization
 
 
-def quantize(net: nn.Module, mode: QuantizeMode) -> nn.Module:
+def quantize(net: NetT, mode: QuantizeMode) -> NetT:
     """`net` with the matrices of its blocks in 8 bits, in place. Computation stays in the net's own type: a
     matrix is read in 8 bits and multiplied as if it were stored exactly so. Embeddings, norms, the first
     and the last layers stay as they are."""

@@ -1,4 +1,4 @@
-"""Dtypes, devices, seeds, the cost of stages, and the only code that moves modules between devices."""
+"""Dtypes, devices, seeds and the cost of stages."""
 
 from __future__ import annotations
 
@@ -204,34 +204,3 @@ def _resident_bytes() -> int:
     import resource  # absent on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # not Linux: the peak so far, in bytes on macOS
-
-
-# ---- placement
-
-
-class Placement:
-    """Where modules compute and where they wait. Only this class moves modules.
-
-    Without `offload` (or with the compute device) modules stay on the compute device once placed.
-    """
-
-    def __init__(self, compute: torch.device | str, offload: torch.device | str | None = None) -> None:
-        self.compute = torch.device(compute)
-        self.offload = torch.device(compute if offload is None else offload)
-
-    def place(self, *modules: nn.Module) -> None:
-        """Put modules where they wait."""
-        for module in modules:
-            module.to(self.offload)
-
-    @contextmanager
-    def computing(self, *modules: nn.Module) -> Iterator[torch.device]:
-        """In the block the modules are on the compute device, which is yielded; then they wait again."""
-        try:
-            for module in modules:
-                module.to(self.compute)
-            yield self.compute
-        finally:
-            self.place(*modules)
-            if self.offload != self.compute and self.compute.type == "cuda":
-                torch.cuda.empty_cache()

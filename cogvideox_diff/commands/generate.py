@@ -38,9 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dynamic_cfg", help="upstream, rise or fall: guidance that changes by step")
     parser.add_argument("--scheduler", help="ddim or dpm")
     parser.add_argument("--strength", type=float, help="of v2v, 0..1: how much of the video is made anew")
-    parser.add_argument("--offload", choices=("none", "model"), default="none",
-                        help="model: nets wait on the CPU for their turn")  # fmt: skip
-    parser.add_argument("--tiling", action="store_true", help="code frames in tiles, which saves memory")
+    parser.add_argument("--offload", choices=("none", "model", "sequential", "auto"), default="none",
+                        help="weights wait on the CPU: nets, their blocks, or what just fits")  # fmt: skip
+    parser.add_argument("--tiling", nargs="?", choices=("off", "on", "auto"), const="on", default="off",
+                        help="code frames in tiles: less memory, other frames; auto: if needed")  # fmt: skip
+    parser.add_argument("--slicing", choices=("on", "off"), default="on",
+                        help="code one video of a batch at a time (default: on)")  # fmt: skip
+    parser.add_argument("--vae_chunk", choices=("own", "auto"), default="own",
+                        help="auto: shorter pieces than the model's own if needed: other frames")  # fmt: skip
+    parser.add_argument("--quantize", choices=("none", "int8", "fp8"), default="none",
+                        help="weights in 8 bits, by torchao (extra quant)")  # fmt: skip
     parser.add_argument("--lora_path", type=Path, action="append", default=[], metavar="LORA",
                         help="an adapter, of diffusers, PEFT or SAT; several add up")  # fmt: skip
     parser.add_argument("--lora_scale", type=float, action="append", default=[], metavar="SCALE",
@@ -76,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
     """Everything is checked before the weights are read."""
     from cogvideox_diff.commands.lora import choose
     from cogvideox_diff.formats import open_folder
+    from cogvideox_diff.memory import resolve_savers
     from cogvideox_diff.pipeline import CogVideoXPipeline
     from cogvideox_diff.planning import check_request
     from shared.model_folder import weights_mark
@@ -91,12 +99,22 @@ def run(options: argparse.Namespace) -> None:
     dtype = folder.trained_dtype if options.dtype is None else parse_dtype(options.dtype)
     device = parse_device(options.device)
     adapters = choose(options.lora_path, options.lora_scale, config.transformer)
+    savers = resolve_savers(
+        config,
+        device,
+        dtype,
+        plan,
+        offload=options.offload,
+        tiled="auto" if options.tiling == "auto" else options.tiling == "on",
+        vae_chunk=options.vae_chunk,
+        quantize=options.quantize,
+    )
     settings = {
         "family": "cogvideox_diff",
         "weights": weights_mark(folder.path),
         **plan.settings(),
         "fps": options.fps or plan.fps,
-        "tiling": options.tiling,
+        **savers.effects(),
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
     }
@@ -108,9 +126,11 @@ def run(options: argparse.Namespace) -> None:
             options.model_path,
             dtype=dtype,
             device=str(device),
-            offload="cpu" if options.offload == "model" else None,
-            tiled=options.tiling,
+            savers=savers,
+            sliced=options.slicing == "on",
         )
+        if not (options.quiet or options.json):
+            sys.stderr.write(f"memory: {savers}\n")
         pipeline.config = config
         spare_threads(pipeline.parts.transformer, pipeline.parts.vae)
         _load_adapters(pipeline, adapters, quiet=options.quiet or options.json)
