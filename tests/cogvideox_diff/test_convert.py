@@ -103,7 +103,9 @@ def test_diffusers_loads_shards(spiece: Path, tmp_path: Path) -> None:
     folder = save("5b-i2v", spiece, tmp_path / "m", dtype="float32")
     convert_model(folder, tmp_path / "d", to="diffusers", shard_gb=2e-5)
     peer = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "d", subfolder="transformer")
-    assert_equal(dict(peer.state_dict()), load_tensors(tmp_path / "d" / "transformer"))
+    stored = load_tensors(tmp_path / "d" / "transformer")
+    assert peer.state_dict().keys() == stored.keys()
+    assert [name for name, x in peer.state_dict().items() if not torch.equal(x.float(), stored[name])] == []
 
 
 # ---- SAT's fixed tables
