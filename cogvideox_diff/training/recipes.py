@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.training.data import LatentClips, encode_shapes, pixel_batch
 from cogvideox_diff.training.finetune import FinetuneConfig, Samples, objective, trainable
 from cogvideox_diff.training.objective import diffusion_loss
+from cogvideox_diff.training.timesteps import WHOLE, Share
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import load_into, save_tensors
@@ -34,7 +36,8 @@ from shared.errors import SettingError, WeightsError
 from shared.losses import edge_weight
 from shared.tokenizers.sentencepiece_training import T5_IDS, train_text_model
 from shared.tokenizers.t5 import T5Tokenizer
-from shared.training import Logs, TrainConfig, recipe_of, train
+from shared.training import Logs, Objective, TrainConfig, recipe_of, train
+from shared.training_parallel import ALONE, Strategy, whole_state
 
 STAGES = ("tokenizer", "vae", "latents", "transformer", "image_to_video")
 KL = 1e-5
@@ -102,7 +105,7 @@ def demo() -> Recipe:
             Phase(begin=0.67, num_frames=17, batch=3),
         ),
         transformer=TrainConfig(
-            steps=14000,
+            steps=12000,
             decay_fraction=0.75,
             lr=1.5e-3,
             optimizer="muon",
@@ -131,11 +134,15 @@ class JointModel(nn.Module):
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe at work in a folder; `quiet` hides the progress bars."""
+    """A recipe at work in a folder; `quiet` hides the progress bars. With several processes in `strategy` all
+    call the stages in `spread`, one the others."""
+
+    spread: ClassVar[frozenset[str]] = frozenset({"vae", "transformer", "image_to_video"})
 
     recipe: Recipe
     folder: Path
     quiet: bool = False
+    strategy: Strategy = ALONE
 
     def stage(self, name: str) -> None:
         """Run one stage to its end, continuing where an interrupted run left off."""
@@ -166,6 +173,7 @@ class Run:
         """Single frames first, then longer and longer clips: a frame costs a 17th of a clip and teaches
         outlines and colours as well."""
         settings, phases, config = self.recipe.vae, self.recipe.vae_phases, self.recipe.config.vae
+        device = self.strategy.device or torch.device("cpu")
         torch.manual_seed(settings.seed)
         model = CausalVAE(config)
         bias = model.encoder.conv_out.conv.bias
@@ -176,11 +184,12 @@ class Run:
             bias[config.latent_channels :] = -6
 
         def loss(step: int) -> tuple[Tensor, Logs]:
-            phase = next(p for p in reversed(phases) if step >= p.begin * settings.steps)
-            pixels = pixel_batch(settings.seed, step, phase.batch, phase.num_frames)
+            done = step // settings.accumulation
+            phase = next(p for p in reversed(phases) if done >= p.begin * settings.steps)
+            pixels = pixel_batch(settings.seed, step, phase.batch, phase.num_frames).to(device)
             posterior = model.encode(pixels)
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
-            difference = model.decode(posterior.sample(noise)).float() - pixels
+            difference = model.decode(posterior.sample(noise.to(device))).float() - pixels
             error = (edge_weight(pixels) * (difference.abs() + difference.square())).mean()
             kl = posterior.kl() / posterior.mean[0].numel()
             psnr = 10 * torch.log10(4 / difference.detach().square().mean())
@@ -191,9 +200,9 @@ class Run:
             }
             return error + KL * kl, figures
 
-        said = recipe_of(settings, phases=str(phases))
-        train(model, loss, settings, self.folder / "vae", recipe=said, quiet=self.quiet)
-        self._save(model, "vae")
+        # its blocks are not functions of their arguments: a clip's context remembers its last piece
+        plain = replace(self, strategy=replace(self.strategy, activation_checkpointing="none"))
+        plain._train(model, loss, settings, "vae", phases=str(phases))
 
     def vae(self) -> CausalVAE:
         model = CausalVAE(self.recipe.config.vae)
@@ -231,19 +240,20 @@ class Run:
         clips, stills, tokenizer = self.clips(), self.stills(), self.tokenizer()
         scale, schedule = unit_scale(clips), NoiseSchedule.from_config(recipe.config.schedule)
         ids = {text: tokenizer([text]).ids[0] for text in _texts()}
-        loss_of = partial(_batch_loss, model, schedule, scale, ids)
+        device = self.strategy.device or torch.device("cpu")
+        loss_in = partial(_batch_loss, model, schedule, scale, ids, device=device)
 
         def loss(step: int) -> tuple[Tensor, Logs]:
             rng = np.random.default_rng([settings.seed, step])
-            if step < recipe.still_steps:
+            loss_of = partial(loss_in, share=Share.of(step, settings.accumulation))
+            if step // settings.accumulation < recipe.still_steps:
                 image = loss_of(stills, 3 * recipe.still_batch, rng)
                 return image, {"image": float(image.detach())}
             video, image = loss_of(clips, recipe.clip_batch, rng), loss_of(stills, recipe.still_batch, rng)
             return video + 0.5 * image, {"video": float(video.detach()), "image": float(image.detach())}
 
-        said = recipe_of(settings, clips=recipe.clip_batch, stills=recipe.still_batch, scale=scale)
-        train(model, loss, settings, self.folder / "transformer", recipe=said, quiet=self.quiet)
-        self._save(model, "transformer")
+        batches = {"clips": recipe.clip_batch, "stills": recipe.still_batch}
+        self._train(model, loss, settings, "transformer", **batches, scale=scale)
 
     def train_image_to_video(self) -> None:
         """Starts from the trained transformer; see `finetune.trainable`."""
@@ -257,9 +267,8 @@ class Run:
         vae.config = scale
         train_config = recipe.image_to_video_train
         loss = objective(model, vae, samples, config, settings, seed=train_config.seed)
-        said = recipe_of(train_config, settings=str(settings), scale=scale.scaling_factor)
-        train(model, loss, train_config, self.folder / "image_to_video", recipe=said, quiet=self.quiet)
-        self._save(model, "image_to_video")
+        said = {"settings": str(settings), "scale": scale.scaling_factor}
+        self._train(model, loss, train_config, "image_to_video", **said)
 
     @torch.no_grad()
     def _samples(self, text_encoder: T5TextEncoder, clips: LatentClips) -> Samples:
@@ -290,8 +299,18 @@ class Run:
         load_into(model, load_file(self.needed("transformer/weights.safetensors", "transformer")))
         return model.eval()
 
+    def _train(
+        self, model: nn.Module, loss: Objective, settings: TrainConfig, name: str, **said: object
+    ) -> None:
+        """`said`: what else than the settings identifies the run."""
+        folder, recipe = self.folder / name, recipe_of(settings, **said)
+        train(model, loss, settings, folder, recipe=recipe, quiet=self.quiet, strategy=self.strategy)
+        self._save(model, name)
+
     def _save(self, model: nn.Module, name: str) -> None:
-        save_tensors(model.state_dict(), self.folder / name / "weights.safetensors")
+        state = whole_state(model, self.strategy)
+        if self.strategy.is_main:
+            save_tensors(state, self.folder / name / "weights.safetensors")
 
     def needed(self, name: str, stage: str) -> Path:
         path = self.folder / name
@@ -323,16 +342,20 @@ def _batch_loss(
     clips: LatentClips,
     size: int,
     rng: np.random.Generator,
+    *,
+    share: Share = WHOLE,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Mean loss of `size` random clips (or stills). Timesteps are drawn one from each of `size` equal
-    intervals (paper section 3.2, Explicit Uniform Sampling, here over the samples of one process)."""
+    """Mean loss of `size` random clips (or stills). Timesteps are drawn one from each of `size` equal parts
+    of the micro-batch's own interval (paper section 3.2, Explicit Uniform Sampling)."""
     picks = rng.integers(len(clips), size=size)
     x0 = clips.latents[torch.from_numpy(picks)].float() * scale
     still = x0.shape[1] == 1
     texts = [clips.captions[i].image_text if still else clips.captions[i].text for i in picks]
     texts = ["" if rng.random() < TEXT_DROPOUT else text for text in texts]
-    steps = (np.arange(size) + rng.random(size)) / size * schedule.num_timesteps
+    steps = share.spread(size, rng, schedule.num_timesteps)
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
-    features = model.text_encoder(torch.stack([ids[text] for text in texts]))
-    timesteps = torch.from_numpy(rng.permutation(steps.astype(np.int64)))
+    features = model.text_encoder(torch.stack([ids[text] for text in texts]).to(device))
+    timesteps = torch.from_numpy(rng.permutation(steps))
+    x0, timesteps, noise = (x.to(device) for x in (x0, timesteps, noise))
     return diffusion_loss(model.transformer, schedule, x0, features, timesteps, noise).mean()
