@@ -8,13 +8,13 @@ diffusers' own files know neither frame rates nor legal lengths. SAT: see `sat_l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.diffusers_config import config_from_diffusers
@@ -112,11 +112,12 @@ def load_text_encoder(folder: ModelFolder, dtype: torch.dtype) -> T5TextEncoder:
 
 
 def _load(folder: ModelFolder, part: Part, dtype: torch.dtype) -> nn.Module:
-    tensors, net = read_part(folder, part), empty_net(part, folder.config)
-    if part == "text_encoder":
-        load_into(net, _text_dtypes(tensors, dtype))
-    else:
-        load_into(net, tensors, dtype=dtype)
+    text = part == "text_encoder"
+    tensors = read_part(folder, part, dtype_of=partial(_text_dtype, dtype) if text else lambda name: dtype)
+    if text:
+        tensors[EMBED] = tensors[SHARED]
+    net = empty_net(part, folder.config)
+    load_into(net, tensors, dtype=None if text else dtype)
     return net.eval().requires_grad_(False)
 
 
@@ -144,17 +145,9 @@ def save_model(
 # ---- text encoder
 
 
-def _text_dtypes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Cast, but keep in float32 the matrices that overflow in float16; the table appears under both names."""
-    kept = ".wo." if dtype == torch.float16 else None
-    result = {
-        name: x.to(torch.float32 if kept and kept in name else dtype)
-        for name, x in tensors.items()
-        if name != EMBED
-    }
-    if SHARED in result:
-        result[EMBED] = result[SHARED]
-    return result
+def _text_dtype(dtype: torch.dtype, name: str) -> torch.dtype:
+    """Matrices that overflow in float16 stay in float32."""
+    return torch.float32 if dtype == torch.float16 and ".wo." in name else dtype
 
 
 def _tied(encoder: T5TextEncoder) -> T5TextEncoder:

@@ -30,7 +30,7 @@ from cogvideox_diff.sat_layout import TEXT_FOLDER, VAE_FILE, sat_tables
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
-from shared.checkpoints import convert, invert, load_into, load_tensors, save_tensors
+from shared.checkpoints import DtypeOf, convert, invert, load_into, load_tensors, save_tensors
 from shared.config_io import save_config
 from shared.errors import SettingError, WeightsError
 from shared.files import atomic_path, write_json
@@ -57,13 +57,16 @@ SHARED, EMBED = "t5.shared.weight", "t5.encoder.embed_tokens.weight"  # two name
 # ---- reading
 
 
-def read_part(folder: ModelFolder, part: Part, *, device: str = "cpu") -> dict[str, Tensor]:
-    """One part's tensors under our names, in the types they are stored in; "meta": names and shapes alone.
+def read_part(
+    folder: ModelFolder, part: Part, *, device: str = "cpu", dtype_of: DtypeOf = None
+) -> dict[str, Tensor]:
+    """One part's tensors under our names, in the types they are stored in, or in those that `dtype_of` gives
+    for the stored names; "meta": names and shapes alone.
 
     Adapters in a SAT file are added to their weights. WeightsError where the files are damaged, or hold not
     exactly the tensors that the folder's configuration asks for."""
     read = {"ours": _read_ours, "diffusers": _read_diffusers, "sat": _read_sat}[folder.layout]
-    tensors = read(folder, part, device)
+    tensors = read(folder, part, device, dtype_of)
     tensors.pop(EMBED, None)
     check_part(part, tensors, folder.config)
     return tensors
@@ -85,21 +88,22 @@ def empty_net(part: Part, config: CogVideoXConfig) -> nn.Module:
         return CausalVAE(config.vae) if part == "vae" else T5TextEncoder(config.text)
 
 
-def _read_ours(folder: ModelFolder, part: Part, device: str) -> dict[str, Tensor]:
-    tensors = load_tensors((folder.base or folder.path) / f"{part}.safetensors", device=device)
+def _read_ours(folder: ModelFolder, part: Part, device: str, dtype_of: DtypeOf) -> dict[str, Tensor]:
+    file = (folder.base or folder.path) / f"{part}.safetensors"
+    tensors = load_tensors(file, device=device, dtype_of=dtype_of)
     return apply_delta(tensors, folder.path) if folder.base is not None and part == "transformer" else tensors
 
 
-def _read_diffusers(folder: ModelFolder, part: Part, device: str) -> dict[str, Tensor]:
+def _read_diffusers(folder: ModelFolder, part: Part, device: str, dtype_of: DtypeOf) -> dict[str, Tensor]:
     if part == "text_encoder":
-        return read_t5(folder.path / part, device)
-    tensors = load_tensors(folder.path / part, device=device)
+        return read_t5(folder.path / part, device, dtype_of)
+    tensors = load_tensors(folder.path / part, device=device, dtype_of=dtype_of)
     if folder.config.transformer.position != "rope+learned":
         tensors.pop("patch_embed.pos_embedding", None)  # the fixed table, computed here
     return convert(tensors, DIFFUSERS_VAE if part == "vae" else DIFFUSERS_TRANSFORMER)
 
 
-def _read_sat(folder: ModelFolder, part: Part, device: str) -> dict[str, Tensor]:
+def _read_sat(folder: ModelFolder, part: Part, device: str, dtype_of: DtypeOf) -> dict[str, Tensor]:
     if part == "vae":
         return convert(load_tensors(folder.path / VAE_FILE, device=device), SAT_VAE)
     if part == "transformer":
@@ -111,12 +115,12 @@ def _read_sat(folder: ModelFolder, part: Part, device: str) -> dict[str, Tensor]
         raise WeightsError(
             f"missing {folder.tokenizer}: put the text encoder and its tokenizer there, as for the SAT code"
         )
-    return read_t5(folder.tokenizer, device)
+    return read_t5(folder.tokenizer, device, dtype_of)
 
 
-def read_t5(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+def read_t5(path: Path, device: str = "cpu", dtype_of: DtypeOf = None) -> dict[str, Tensor]:
     """transformers' encoder; a decoder in the same files is left out."""
-    tensors = load_tensors(path, device=device)
+    tensors = load_tensors(path, device=device, dtype_of=dtype_of)
     return {f"t5.{name}": x for name, x in tensors.items() if name.startswith(("shared.", "encoder."))}
 
 

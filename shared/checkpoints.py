@@ -27,6 +27,7 @@ from shared.errors import WeightsError
 from shared.files import atomic_path
 
 PLACEHOLDERS = {**dict.fromkeys("nijkm", r"\d+"), "p": "weight|bias", "name": ".+"}
+DtypeOf = Callable[[str], torch.dtype] | None
 WRAPPERS = ("module", "model", "state_dict")
 PREFERRED_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -34,6 +35,7 @@ PREFERRED_FILES = (
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
 )
+READ_BYTES = 256 * 2**20  # of a file, between two openings of it where tensors are cast while they are read
 SHOWN = 5  # names listed in an error before "and N more"
 
 
@@ -220,18 +222,21 @@ def _describe(problems: Mapping[str, Sequence[str]]) -> str:
 # ---- reading
 
 
-def load_tensors(path: str | Path, *, device: str = "cpu") -> dict[str, Tensor]:
+def load_tensors(path: str | Path, *, device: str = "cpu", dtype_of: DtypeOf = None) -> dict[str, Tensor]:
     """Names and tensors of a .safetensors file, a torch file (tensors only: nothing in it is executed) or a
     folder: sharded with an index, one weight file, or SAT (with `latest`). `device="meta"` reads only names,
-    shapes and dtypes.
+    shapes and dtypes. Tensors are mapped files until they are changed. `dtype_of` gives the type that a named
+    tensor is to have, if it is a floating one; casting here keeps both versions from being in memory at once.
 
     Raises WeightsError with a one-line reason (missing, truncated, a Git LFS pointer, not a checkpoint, ...).
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, device)
-    kind = _file_kind(path)
-    return _load_safetensors(path, device) if kind == "safetensors" else _load_torch(path, device)
+        return _load_folder(path, device, dtype_of)
+    if _file_kind(path) == "safetensors":
+        return _load_safetensors(path, device, dtype_of)
+    tensors = _load_torch(path, device)
+    return tensors if dtype_of is None else {name: _cast(x, dtype_of(name)) for name, x in tensors.items()}
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
@@ -273,25 +278,25 @@ def _find_latest(folder: Path) -> Path:
     return found[0]
 
 
-def _load_folder(folder: Path, device: str) -> dict[str, Tensor]:
+def _load_folder(folder: Path, device: str, dtype_of: DtypeOf) -> dict[str, Tensor]:
     indexes = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
     if len(indexes) == 1:
-        return _load_shards(indexes[0], device)
+        return _load_shards(indexes[0], device, dtype_of)
     for name in PREFERRED_FILES:
         if (folder / name).is_file():
-            return load_tensors(folder / name, device=device)
+            return load_tensors(folder / name, device=device, dtype_of=dtype_of)
     files = sorted(folder.glob("*.safetensors")) or sorted([*folder.glob("*.pt"), *folder.glob("*.bin")])
     if len(files) == 1:
-        return load_tensors(files[0], device=device)
+        return load_tensors(files[0], device=device, dtype_of=dtype_of)
     if files or indexes:
         names = ", ".join(file.name for file in (indexes or files)[:SHOWN])
         raise WeightsError(f"{folder} holds several weight files ({names}); name one")
     if (folder / "latest").is_file():
-        return load_tensors(sat_checkpoint_file(folder), device=device)
+        return load_tensors(sat_checkpoint_file(folder), device=device, dtype_of=dtype_of)
     raise WeightsError(f"no weight file in {folder} (looked for .safetensors, .bin, .pt and a SAT 'latest')")
 
 
-def _load_shards(index: Path, device: str) -> dict[str, Tensor]:
+def _load_shards(index: Path, device: str, dtype_of: DtypeOf) -> dict[str, Tensor]:
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
@@ -301,7 +306,7 @@ def _load_shards(index: Path, device: str) -> dict[str, Tensor]:
         raise WeightsError(f"shards of {index} are absent: {_describe({f'of {len(shards)}': absent})}")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        tensors |= load_tensors(index.parent / shard, device=device)
+        tensors |= load_tensors(index.parent / shard, device=device, dtype_of=dtype_of)
     if absent := sorted(places.keys() - tensors.keys()):
         raise WeightsError(f"shards of {index} lack tensors: {_describe({'missing': absent})}")
     return tensors
@@ -336,15 +341,36 @@ def _open_safetensors(path: Path) -> Any:
         ) from error
 
 
-def _load_safetensors(path: Path, device: str) -> dict[str, Tensor]:
+def _load_safetensors(path: Path, device: str, dtype_of: DtypeOf) -> dict[str, Tensor]:
     with _open_safetensors(path) as file:
-        if device != "meta":
-            return {name: file.get_tensor(name).to(device) for name in file.keys()}
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {
-            name: torch.empty(part.get_shape(), dtype=_dtype(part.get_dtype()), device="meta")
-            for name, part in slices.items()
-        }
+        if device == "meta":
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {
+                name: torch.empty(part.get_shape(), dtype=_dtype(part.get_dtype()), device="meta")
+                for name, part in slices.items()
+            }
+        names = list(file.keys())
+        if dtype_of is None:
+            return {name: file.get_tensor(name).to(device) for name in names}
+    return _load_cast(path, names, device, dtype_of)
+
+
+def _load_cast(path: Path, names: list[str], device: str, dtype_of: Callable) -> dict[str, Tensor]:
+    """Open the file anew now and then: the pages that were read count as memory until it is closed."""
+    tensors: dict[str, Tensor] = {}
+    while names:
+        with _open_safetensors(path) as file:
+            left = READ_BYTES
+            while names and left > 0:
+                x = file.get_tensor(name := names.pop(0))
+                left -= x.numel() * x.element_size()
+                tensors[name] = _cast(x, dtype_of(name)).to(device)
+            del x
+    return tensors
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from shared.errors import OutOfMemoryError
 
 MEMINFO = Path("/proc/meminfo")
+STATUS = Path("/proc/self/status")
 UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIGNS = (  # in the words of torch's allocators and libraries
     "out of memory",
@@ -42,6 +43,16 @@ def free_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + kept
     found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text()) if MEMINFO.exists() else None
     return int(found[1]) * 1024 if found and device.type == "cpu" else None
+
+
+def peak_resident_bytes() -> int:
+    """The most physical memory that this process has had so far, mapped files included."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
+    if found:
+        return int(found[1]) * 1024
+    import resource  # absent on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 # ---- running out
