@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from shared.training_parallel import like, whole
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that drives all singular values to about 1 in five rounds
 ROUNDS = 5
 
@@ -16,7 +18,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every update is made orthogonal; a kernel [out, in, ...] is a matrix [out, in * ...].
 
     Updates are scaled to the root mean square that AdamW's typically have (0.2 sqrt(larger side)), so that
-    learning rates carry over from AdamW.
+    learning rates carry over from AdamW. A sharded matrix is gathered, and every process makes all of it
+    orthogonal and keeps its shard: the momentum stays sharded, the update is that of one process to the bit.
     """
 
     def __init__(
@@ -42,9 +45,11 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(momentum, group["momentum"]).flatten(1))  # Nesterov
+                nesterov = whole(p.grad.lerp(momentum, group["momentum"]))
+                update = orthogonal(nesterov.flatten(1))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+                alpha = -group["lr"] * 0.2 * max(update.shape) ** 0.5
+                p.add_(like(update.view(p.shape), p), alpha=alpha)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -1,19 +1,18 @@
 """The one training loop: a function that both families call with a model and an objective.
 
-Data are a function of the step number (`objective(micro_step)`), so a resumed run sees exactly the batches
-that an uninterrupted one would have seen, and "exact resume" needs no saved data position.
+Data are a function of the micro-batch's number (`objective(micro_step)`), so a resumed run sees exactly the
+batches that an uninterrupted one would have seen, and "exact resume" needs no saved data position. For the
+same reason any number of processes sees the same batches (`shared/training_parallel.py`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import pickle
 import signal
 import time
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,17 +20,24 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from shared.errors import SettingError, WeightsError
+from shared.errors import SettingError
 from shared.files import write_json
 from shared.optimizers import Muon
+from shared.training_log import Logbook, memory_bytes
+from shared.training_memory import recomputed
+from shared.training_parallel import ALONE, Strategy, add_gradients, place, whole
+from shared.training_state import EMA, TrainState
+from shared.video import Video
 
 MUON_MIN_WIDTH = 16
 
 Logs = dict[str, float]
 Objective = Callable[[int], tuple[Tensor, dict[str, Any]]]
-"""Micro step -> (loss scalar with graph, figures to log). Depends on nothing but the step and the model."""
+"""Number of a micro-batch -> (loss scalar with graph, figures to log). Depends on nothing but that number and
+the model; micro-batches of one step run the same nets in the same order. The figures "samples" and "tokens"
+are counts, and logged as rates."""
+COUNTS = frozenset({"samples", "tokens"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 200
     evaluate_every: int = 0  # 0: only at the end
+    sample_every: int = 0  # likewise
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every", "save_every"):
@@ -64,55 +71,16 @@ class TrainConfig:
         if not 0 <= self.ema_decay < 1:
             raise SettingError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
+    def is_due(self, every: int, done: int) -> bool:
+        """Whether something happens after `done` steps: always after the last, else every so many."""
+        return done == self.steps or (every > 0 and done % every == 0)
+
     def lr_factor(self, step: int) -> float:
         """Share of the full learning rate at a step, 0..1."""
         rise = min(1.0, (step + 1) / max(self.warmup_steps, 1))
         decay_steps = max(1, round(self.steps * self.decay_fraction))
         left = min(1.0, (self.steps - step) / decay_steps)
         return rise * (self.final_lr_fraction + (1 - self.final_lr_fraction) * left)
-
-
-class EMA:
-    """Exponential moving average of the trainable parameters in float32; the early steps average faster:
-    decay min(d, (1 + n) / (10 + n)) after n updates."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self.shadow = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        named = dict(model.named_parameters())
-        names = list(self.shadow)
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            [self.shadow[n] for n in names], [named[n].detach().float() for n in names], weight=1 - decay
-        )
-
-    @contextmanager
-    def applied(self, model: nn.Module):
-        """The model with the averaged weights, for evaluation and export."""
-        named = dict(model.named_parameters())
-        kept = {n: named[n].detach().clone() for n in self.shadow}
-        _copy_into(named, self.shadow)
-        try:
-            yield
-        finally:
-            _copy_into(named, kept)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "shadow": self.shadow}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates, self.shadow = state["updates"], state["shadow"]
-
-
-@torch.no_grad()
-def _copy_into(named: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, value in values.items():
-        named[name].copy_(value)
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -185,100 +153,123 @@ def train(
     folder: Path,
     *,
     evaluate: Callable[[nn.Module, int], Logs] | None = None,
+    sample: Callable[[nn.Module, int], Mapping[str, Video]] | None = None,
     after_step: Callable[[int], None] | None = None,
     recipe: dict[str, Any] | None = None,
+    strategy: Strategy = ALONE,
     quiet: bool = False,
 ) -> Path:
-    """Train `model` in place and return the folder, which then holds `state.pt` (for resuming), `log.jsonl`,
-    TensorBoard events, and `model` holds the averaged weights if EMA is on.
+    """Train `model` in place and return the folder, which then holds the state (for resuming), `log.jsonl`,
+    TensorBoard events and samples, and `model` holds the averaged weights if EMA is on. With fsdp it stays
+    sharded: `shared.training_parallel.whole_state` gathers it.
 
-    A folder with a `state.pt` is resumed, bit for bit on one process; one whose `recipe` differs is refused.
-    Raises `Interrupted` after SIGTERM or SIGINT, with the state saved, and FloatingPointError when the loss
-    or its gradient is not finite (the last saved state stays).
+    With several processes all call it alike; each takes its share of the micro-batches, the main one writes.
+    `evaluate` and `sample` are called on every process, with the averaged weights.
+
+    A folder with a state is resumed, bit for bit on one process; one whose `recipe` differs is refused.
+    Raises `Interrupted` after SIGTERM or SIGINT to any process, with the state saved, and FloatingPointError
+    when the loss or its gradient is not finite (the last saved state stays).
     """
-    from torch.utils.tensorboard import SummaryWriter
-
+    strategy.micro_steps(0, config.accumulation)  # refuses what cannot be dealt out, before anything is made
     folder.mkdir(parents=True, exist_ok=True)
-    _check_recipe(folder, recipe)
-    optimizers = make_optimizers(model, config)
+    _check_recipe(folder, recipe, write=strategy.is_main)
+    place(model, strategy)
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
-    start = _resume(folder, model, optimizers, ema)
+    state = TrainState(model, make_optimizers(model, config), ema)
+    start = state.resume(folder, strategy)
     if start > config.steps:
         raise SettingError(
             f"{folder} holds a run of {start} steps; steps must be at least that, got {config.steps}"
         )
-    started = time.monotonic()
+    strategy.wait()  # all have read
+    device = next(model.parameters()).device
     with (
-        SummaryWriter(str(folder)) as board,
-        open(folder / "log.jsonl", "a", encoding="utf-8") as log,
-        tqdm(total=config.steps, initial=start, disable=quiet, unit="step", dynamic_ncols=True) as bar,
+        Logbook(folder, steps=config.steps, start=start, active=strategy.is_main, quiet=quiet) as book,
+        recomputed(model, strategy.activation_checkpointing),
         _Stop() as stop,
     ):
-
-        def report(step: int, figures: Logs) -> None:
-            for name, value in figures.items():
-                board.add_scalar(name, value, step)
-            line = {"step": step, "elapsed": round(time.monotonic() - started, 1)} | figures
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-
         for step in range(start, config.steps):
             model.train()
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout too is the same after a resume
-            figures = _step(model, objective, optimizers, config, step)
+            figures = _step(state, objective, config, strategy, step)
             if ema:
                 ema.update(model)
             if after_step:
                 after_step(step)
             done = step + 1
-            bar.update()
-            if done % config.log_every == 0 or done == config.steps:
-                report(done, figures)
-                bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()})
-            if done % config.save_every == 0 or done == config.steps or stop.signal:
-                save_state(folder, done, model, optimizers, ema)
-            if stop.signal:
+            stopping = strategy.total(float(stop.signal is not None)) > 0  # one decision for all
+            book.advance()
+            if config.is_due(config.log_every, done):
+                book.report(
+                    done, _summary(figures, strategy) | {"memory_bytes": memory_bytes(device)}, show=True
+                )
+            if config.is_due(config.save_every, done) or stopping:
+                state.save(folder, done, strategy)
+            if stopping:
                 raise Interrupted(f"stopped at step {done} of {config.steps}; the same command resumes")
-            if evaluate and (
-                done == config.steps or (config.evaluate_every and done % config.evaluate_every == 0)
-            ):
-                report(done, _evaluate(model, ema, evaluate, done))
+            if evaluate and config.is_due(config.evaluate_every, done):
+                with _averaged(model, ema):
+                    book.report(done, evaluate(model, done))
+            if sample and config.is_due(config.sample_every, done):
+                with _averaged(model, ema):
+                    book.draw(done, sample(model, done))
     if ema:
-        _copy_into(dict(model.named_parameters()), ema.shadow)
+        ema.copy_to(model)
     model.eval()
     return folder
 
 
 def _step(
-    model: nn.Module,
-    objective: Objective,
-    optimizers: list[torch.optim.Optimizer],
-    config: TrainConfig,
-    step: int,
+    state: TrainState, objective: Objective, config: TrainConfig, strategy: Strategy, step: int
 ) -> Logs:
-    totals: dict[str, float] = {}
+    """One update; figures of this process's micro-batches, already divided by the number of all."""
     began = time.perf_counter()
     factor = config.lr_factor(step)
-    for optimizer in optimizers:
+    for optimizer in state.optimizers:
         optimizer.zero_grad(set_to_none=True)
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
-    device = next(model.parameters()).device.type
-    for micro in range(config.accumulation):
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=config.autocast == "bfloat16"):
-            loss, logs = objective(step * config.accumulation + micro)
+    device = next(state.model.parameters()).device.type
+    totals = _gradients(objective, config, strategy, step, device)
+    _require_finite("loss", strategy.total(totals["loss"]), step)
+    add_gradients(state.model.parameters(), strategy)
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    norm = float(whole(nn.utils.clip_grad_norm_(parameters, config.clip_norm)))
+    _require_finite("loss's gradient", norm, step)
+    for optimizer in state.optimizers:
+        optimizer.step()
+    common = {"grad_norm": norm, "lr": config.lr * factor, "seconds_per_step": time.perf_counter() - began}
+    return totals | {name: value / strategy.world.degree for name, value in common.items()}
+
+
+def _gradients(objective: Objective, config: TrainConfig, strategy: Strategy, step: int, device: str) -> Logs:
+    """Backward passes of this process's micro-batches, and their share of the figures."""
+    totals: Logs = {}
+    for micro in strategy.micro_steps(step, config.accumulation):
+        number = micro - step * config.accumulation
+        torch.manual_seed(config.seed * 1_000_003 + step + (number << 40))  # dropout: after a resume too
+        with torch.autocast(device, torch.bfloat16, enabled=config.autocast == "bfloat16"):
+            loss, logs = objective(micro)
         (loss / config.accumulation).backward()
         for name, value in ({"loss": loss.detach()} | logs).items():
-            totals[name] = totals.get(name, 0.0) + float(value) / config.accumulation
-    _require_finite("loss", totals["loss"], step)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    totals["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
-    _require_finite("loss's gradient", totals["grad_norm"], step)
-    for optimizer in optimizers:
-        optimizer.step()
-    totals["lr"] = config.lr * factor
-    totals["seconds_per_step"] = time.perf_counter() - began
+            share = 1 if name in COUNTS else 1 / config.accumulation
+            totals[name] = totals.get(name, 0.0) + float(value) * share
     return totals
+
+
+def _summary(figures: Logs, strategy: Strategy) -> Logs:
+    """Figures over all processes, with counts as rates."""
+    figures = strategy.totals(figures)
+    for name in COUNTS & figures.keys():
+        figures[f"{name}_per_second"] = figures.pop(name) / figures["seconds_per_step"]
+    return figures
+
+
+@contextmanager
+def _averaged(model: nn.Module, ema: EMA | None) -> Iterator[None]:
+    """Evaluation mode, without gradients, with the averaged weights."""
+    model.eval()
+    with torch.no_grad(), ema.applied(model) if ema else nullcontext():
+        yield
 
 
 def _require_finite(name: str, value: float, step: int) -> None:
@@ -286,56 +277,7 @@ def _require_finite(name: str, value: float, step: int) -> None:
         raise FloatingPointError(f"the {name} is {value} at step {step}; the last saved state is untouched")
 
 
-def _evaluate(
-    model: nn.Module, ema: EMA | None, evaluate: Callable[[nn.Module, int], Logs], step: int
-) -> Logs:
-    model.eval()
-    with torch.no_grad():
-        if ema is None:
-            return evaluate(model, step)
-        with ema.applied(model):
-            return evaluate(model, step)
-
-
-def save_state(
-    folder: Path, step: int, model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], ema: EMA | None
-) -> None:
-    """Write `state.pt` whole or not at all."""
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-        "ema": ema.state_dict() if ema else None,
-    }
-    temporary = folder / "state.pt.part"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / "state.pt")
-
-
-def _resume(folder: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], ema: EMA | None) -> int:
-    path = folder / "state.pt"
-    if not path.exists():
-        return 0
-    try:
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            full = [group["full_lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, lr in zip(optimizer.param_groups, full, strict=True):
-                group["full_lr"] = lr
-        if ema and state["ema"]:
-            ema.load_state_dict(state["ema"])
-        return int(state["step"])
-    except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path} does not continue this run: {reason}") from error
-
-
-def _check_recipe(folder: Path, recipe: dict[str, Any] | None) -> None:
+def _check_recipe(folder: Path, recipe: dict[str, Any] | None, *, write: bool) -> None:
     """A run folder belongs to one recipe; its steps may be raised, nothing else may change."""
     if recipe is None:
         return
@@ -349,12 +291,13 @@ def _check_recipe(folder: Path, recipe: dict[str, Any] | None) -> None:
                 f"{folder} holds a run with another recipe ({', '.join(changed)} differ); "
                 "choose another folder"
             )
-    write_json(path, new)
+    if write:
+        write_json(path, new)
 
 
 def recipe_of(config: TrainConfig, **parts: Any) -> dict[str, Any]:
     """What identifies a run: the training settings and whatever else the caller names."""
     figures = asdict(config)
-    for name in ("log_every", "save_every", "evaluate_every"):  # do not change the result
+    for name in ("log_every", "save_every", "evaluate_every", "sample_every"):  # do not change the result
         del figures[name]
     return figures | parts

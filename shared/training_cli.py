@@ -4,15 +4,19 @@ folder at the end."""
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from shared.config_cli import nearest, override_all, pick
 from shared.errors import SettingError
 from shared.generation_cli import check_writable
+from shared.runtime import parse_device
 from shared.training import TrainConfig
+from shared.training_memory import RECOMPUTE
+from shared.training_parallel import ALONE, PARALLEL, Strategy, started_strategy
 from shared.verbs import add_output_flags, say
 
 RecipeT = TypeVar("RecipeT")
@@ -20,7 +24,10 @@ EXPORT = "export"
 
 
 class TrainingRun(Protocol):
-    """A recipe at work in a folder."""
+    """A recipe at work in a folder; a dataclass. `spread` names the stages that several processes share."""
+
+    strategy: Strategy
+    spread: ClassVar[frozenset[str]]
 
     def stage(self, name: str) -> None: ...
 
@@ -33,6 +40,11 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="of every stage, instead of the recipe's")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
                         help="other settings of the recipe, e.g. vqvae.lr=1e-3")  # fmt: skip
+    parser.add_argument("--parallel", choices=PARALLEL, default="none",
+                        help="torchrun's processes: ddp adds up gradients, fsdp shards all")  # fmt: skip
+    parser.add_argument("--activation_checkpointing", choices=RECOMPUTE, default="none",
+                        help="what transformer blocks compute twice to save memory")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
     add_output_flags(parser)
 
 
@@ -58,18 +70,34 @@ def chosen_stages(name: str, stages: Sequence[str]) -> list[str]:
 
 def run_stages(
     options: argparse.Namespace,
-    run: TrainingRun,
+    run: Any,  # a TrainingRun; that it is a dataclass, a protocol cannot say
     stages: Sequence[str],
     export: Callable[[Path], object],
 ) -> None:
-    """Run the chosen stages, each resuming itself; `export` writes the model folder OUTPUT_PATH/model."""
+    """Run the chosen stages, each resuming itself; `export` writes the model folder OUTPUT_PATH/model.
+
+    Of several processes all run the stages that can be shared, and the main one alone the others."""
     check_writable(options.output_path)
     model = options.output_path / "model"
-    for name in stages:
-        if name == EXPORT:
-            export(model)
-        else:
-            run.stage(name)
+    with started_strategy(
+        options.parallel,
+        os.environ,
+        activation_checkpointing=options.activation_checkpointing,
+        device=parse_device(options.device),
+    ) as strategy:
+        together = replace(run, strategy=strategy)
+        alone = replace(run, strategy=replace(ALONE, device=strategy.device))
+        for name in stages:
+            if name in run.spread:
+                together.stage(name)
+            elif strategy.is_main:
+                export(model) if name == EXPORT else alone.stage(name)
+            strategy.wait()
+    if strategy.is_main:
+        _say(options, stages, model)
+
+
+def _say(options: argparse.Namespace, stages: Sequence[str], model: Path) -> None:
     done = {"ok": True, "exit_code": 0, "stages": list(stages), "folder": str(options.output_path)}
     if EXPORT in stages:
         done["model"] = str(model)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ from shared.losses import edge_weight
 from shared.tokenizers.icetk import IceTokenizer
 from shared.tokenizers.sentencepiece_training import ICETK_IDS, train_text_model
 from shared.training import Logs, TrainConfig, recipe_of, train
+from shared.training_parallel import ALONE, Strategy, whole_state
 
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
 STAGES = ("tokenizer", "vqvae", "tokens", "base", "keyframes", "interpolation")
@@ -97,11 +99,15 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo}
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe at work in a folder; `quiet` hides the progress bars."""
+    """A recipe at work in a folder; `quiet` hides the progress bars. With several processes in `strategy` all
+    call the stages in `spread`, one the others: the codec's codebook keeps statistics batch by batch."""
+
+    spread: ClassVar[frozenset[str]] = frozenset({"base", "keyframes", "interpolation"})
 
     recipe: Recipe
     folder: Path
     quiet: bool = False
+    strategy: Strategy = ALONE
 
     def stage(self, name: str) -> None:
         """Run one stage to its end, continuing where an interrupted run left off."""
@@ -248,12 +254,14 @@ class Run:
 
     def _train(self, model: CogVideoTransformer, objective, settings: TrainConfig, name: str) -> None:
         said = recipe_of(settings, images=self.recipe.image_batch, clips=self.recipe.clip_batch)
-        train(model, objective, settings, self.folder / name, recipe=said, quiet=self.quiet)
+        folder, strategy = self.folder / name, self.strategy
+        train(model, objective, settings, folder, recipe=said, quiet=self.quiet, strategy=strategy)
         self._save(model, name)
 
     def _save(self, model: torch.nn.Module, name: str) -> None:
-        tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-        save_tensors(tensors, self.folder / name / "weights.safetensors")
+        tensors = {k: v.contiguous() for k, v in whole_state(model, self.strategy).items()}
+        if self.strategy.is_main:
+            save_tensors(tensors, self.folder / name / "weights.safetensors")
 
     def needed(self, name: str, stage: str) -> Path:
         path = self.folder / name

@@ -331,7 +331,8 @@ def test_log_and_tensorboard_hold_the_figures(tmp_path: Path) -> None:
     run(tmp_path, replace(CONFIG, steps=5, log_every=2))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5]
-    assert lines[0].keys() == {"step", "elapsed", "loss", "error", "grad_norm", "lr", "seconds_per_step"}
+    figures = {"loss", "error", "grad_norm", "lr", "seconds_per_step", "memory_bytes"}
+    assert lines[0].keys() == {"step", "elapsed"} | figures
     events = EventAccumulator(str(tmp_path)).Reload()
     drawn = {event.step: event.value for event in events.Scalars("loss")}
     assert drawn == pytest.approx({line["step"]: line["loss"] for line in lines}, rel=1e-6)
