@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvideox_diff.config import CogVideoXConfig
+from cogvideox_diff.config import CogVideoXConfig, FramePadding
 from cogvideox_diff.geometry import VideoGeometry, frames_to_pad
 from cogvideox_diff.vae.autoencoder import CausalVAE, scale_image_latents, scale_latents, unscale_latents
 from shared.transforms import fit_video, resize_crop, to_signed
@@ -23,9 +23,15 @@ def image_pixels(image: Tensor, geometry: VideoGeometry) -> Tensor:
 
 
 def video_pixels(video: Video, geometry: VideoGeometry) -> Tensor:
-    """The video's first frames in the wanted size: [3, frames, height, width] in -1..1."""
-    start = Video(frames=video.frames[: geometry.num_frames], fps=video.fps)
+    """The video's first frames in the wanted size: [3, frames, height, width] in -1..1. A video that is too
+    short goes on with its last frame."""
+    start = Video(frames=first_frames(video.frames, geometry.num_frames), fps=video.fps)
     return fit_video(start, geometry.height, geometry.width).to_pixels()
+
+
+def first_frames(frames: Tensor, count: int) -> Tensor:
+    """The first `count` of frames [T, ...], of which the last is repeated where there are fewer."""
+    return frames[torch.arange(count).clamp(max=len(frames) - 1)]
 
 
 @torch.no_grad()
@@ -48,27 +54,31 @@ def decode(vae: CausalVAE, latents_BTCHW: Tensor, *, tiled: bool = False, sliced
 def image_latents(z_B1CHW: Tensor, config: CogVideoXConfig, geometry: VideoGeometry) -> Tensor:
     """Image-to-video: the image's scaled latents, then zeros up to the padded length [B, T, C, H, W].
 
-    In 1.5 the image so stands at the padding frame, as in diffusers. The models read this behind the noisy
-    latents' channels at every step."""
+    In 1.5 the image so stands at the padding frame in front, as in diffusers. The models read this behind the
+    noisy latents' channels at every step."""
     scaled = scale_image_latents(z_B1CHW, config.vae)
     return F.pad(scaled, (0, 0, 0, 0, 0, 0, 0, geometry.padded_latent_frames - 1))
 
 
-def clean_latents(z_BTCHW: Tensor, config: CogVideoXConfig) -> Tensor:
-    """Video-to-video: the clip's scaled latents, with copies of the first frame in front where pairs need one
-    (as in 1.5's training; diffusers refuses odd counts)."""
+def clean_latents(z_BTCHW: Tensor, config: CogVideoXConfig, padding: FramePadding = "front") -> Tensor:
+    """Video-to-video: the clip's scaled latents, where pairs need it with copies of the first frame in front
+    (as in 1.5's training; diffusers refuses odd counts) or of the last one at the back."""
     scaled = scale_latents(z_BTCHW, config.vae)
-    return pad_front(scaled, frames_to_pad(scaled.shape[1], config.transformer.patch_size[0]))
+    count = frames_to_pad(scaled.shape[1], config.transformer.patch_size[0], padding)
+    if padding == "front":
+        return torch.cat([scaled[:, :1].expand(-1, count, -1, -1, -1), scaled], dim=1)
+    return torch.cat([scaled, scaled[:, -1:].expand(-1, count, -1, -1, -1)], dim=1)
 
 
-def pad_front(x_BTCHW: Tensor, count: int) -> Tensor:
-    """`count` copies of the first frame in front."""
-    return torch.cat([x_BTCHW[:, :1].expand(-1, count, -1, -1, -1), x_BTCHW], dim=1)
+def known_frames(prefix_BTCHW: Tensor, geometry: VideoGeometry) -> Tensor:
+    """Scaled latents that a video begins with, behind copies of the first one where padding is in front."""
+    count = geometry.own_frames.start
+    return torch.cat([prefix_BTCHW[:, :1].expand(-1, count, -1, -1, -1), prefix_BTCHW], dim=1)
 
 
 def drop_padding(x_BTCHW: Tensor, geometry: VideoGeometry) -> Tensor:
     """The latents of the video itself."""
-    return x_BTCHW[:, geometry.frames_to_pad :]
+    return x_BTCHW[:, geometry.own_frames]
 
 
 def add_noise(x0: Tensor, noise: Tensor, abar: float) -> Tensor:

@@ -23,7 +23,7 @@ from cogvideox_diff.guidance import Predictor, make_guidance
 from cogvideox_diff.memory import advice
 from cogvideox_diff.planning import Plan
 from cogvideox_diff.schedule import NoiseSchedule
-from cogvideox_diff.schedulers import draw_from, draw_noise, make_scheduler
+from cogvideox_diff.schedulers import KnownFrames, Scheduler, draw_from, draw_noise, make_scheduler
 from cogvideox_diff.text_encoder import T5TextEncoder, encode_prompts
 from shared.errors import SettingError
 from shared.memory import memory_stage
@@ -59,6 +59,7 @@ class Given:
     noise: Tensor | None = None  # [B, T, C, H, W], padding included
     text: Tensor | None = None  # [B, L, D]
     negative: Tensor | None = None  # [B, L, D] or [1, L, D]
+    prefix: Tensor | None = None  # [B, t, C, H, W] or [1, ...]: scaled latents that every video begins with
 
 
 NOTHING = Given()
@@ -129,7 +130,9 @@ class Engine:
             with self._stage(timer, "encode", unit="frames") as stage:
                 encoded, stage.units = self._encode(items, plan)
         with self._stage(timer, "model", unit="steps", units=plan.num_steps):
-            latents = self._denoise(items, plan, text, negative, noise, encoded, callback)
+            predict = self.predictor(plan, text, negative, encoded)
+            scheduler, x = self._start(plan, noise, encoded, given)
+            latents = self._denoise(items, plan, predict, scheduler, x, callback)
         latents = conditioning.drop_padding(latents, plan.geometry)
         pixels = None
         if decoded:
@@ -232,32 +235,46 @@ class Engine:
             z = conditioning.encode(self.parts.vae, pixels, noise, tiled=self.tiled, sliced=self.sliced)
         if plan.task == "i2v":
             return conditioning.image_latents(z, self.config, plan.geometry), frames * len(items)
-        return conditioning.clean_latents(z, self.config), frames * len(items)
+        return conditioning.clean_latents(z, self.config, plan.geometry.padding), frames * len(items)
 
     def _latent_frame(self, plan: Plan) -> tuple[int, int, int]:
         return self.config.vae.latent_channels, *plan.geometry.latent_size
 
-    def _denoise(
-        self,
-        items: Sequence[Item],
-        plan: Plan,
-        text: Tensor,
-        negative: Tensor | None,
-        noise: Tensor,
-        encoded: Tensor | None,
-        callback: Callback | None,
-    ) -> Tensor:
-        scheduler = make_scheduler(NoiseSchedule.from_config(self.config.schedule), plan.sampling)
-        start, x = plan.first_step, noise
-        if plan.task == "v2v" and encoded is not None:
-            x = conditioning.add_noise(encoded, noise, scheduler.levels.abar[start]).to(noise.dtype)
-        predict = Predictor(
+    def predictor(
+        self, plan: Plan, text: Tensor, negative: Tensor | None, encoded: Tensor | None
+    ) -> Predictor:
+        """The transformer with all that it is given besides the sample."""
+        return Predictor(
             model=self.parts.transformer,
             text=text,
             negative=negative,
             image_latents=encoded if plan.task == "i2v" else None,
             ofs=plan.sampling.ofs if self.config.transformer.ofs_embed_dim else None,
         )
+
+    def _start(
+        self, plan: Plan, noise: Tensor, encoded: Tensor | None, given: Given
+    ) -> tuple[Scheduler, Tensor]:
+        """The solver, and the sample that its first step takes."""
+        scheduler: Scheduler = make_scheduler(NoiseSchedule.from_config(self.config.schedule), plan.sampling)
+        level = scheduler.levels.abar[plan.first_step]
+        if plan.task == "v2v" and encoded is not None:
+            return scheduler, conditioning.add_noise(encoded, noise, level).to(noise.dtype)
+        if given.prefix is None:
+            return scheduler, noise
+        known = conditioning.known_frames(self._moved(given.prefix), plan.geometry)
+        known = KnownFrames(scheduler, known.expand(len(noise), -1, -1, -1, -1), noise)
+        return known, known.restored(noise, level)
+
+    def _denoise(
+        self,
+        items: Sequence[Item],
+        plan: Plan,
+        predict: Predictor,
+        scheduler: Scheduler,
+        x: Tensor,
+        callback: Callback | None,
+    ) -> Tensor:
         with self.placement.computing(self.parts.transformer):
             return denoise(
                 predict,
@@ -265,7 +282,7 @@ class Engine:
                 x,
                 make_guidance(plan.sampling, plan.num_steps),
                 draw_from([item.random("sampler") for item in items]),
-                start=start,
+                start=plan.first_step,
                 callback=callback,
                 module=self.parts.transformer,
             )

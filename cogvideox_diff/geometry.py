@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from cogvideox_diff.config import CogVideoXConfig
+from cogvideox_diff.config import CogVideoXConfig, FramePadding
 from shared.errors import SettingError
 
+FitFrames = Literal["nearest", "pad", "trim"]
 
-def frames_to_pad(num_latent_frames: int, patch_t: int) -> int:
-    """Latent frames to add in front so that patches of `patch_t` frames fit; pairs: 11, 12, 13 -> 1, 0, 1."""
+
+def frames_to_pad(num_latent_frames: int, patch_t: int, padding: FramePadding = "front") -> int:
+    """Latent frames to add so that patches of `patch_t` frames fit; pairs: 11, 12, 13 -> 1, 0, 1."""
+    if padding == "back" and patch_t > 1:
+        # Quirk(back_padding_when_aligned): finetrainers adds a whole patch where none is needed: 12 -> 14
+        return patch_t - num_latent_frames % patch_t
     return -num_latent_frames % patch_t
+
+
+def fit_frames(num_frames: int, step: int, most: int, how: FitFrames) -> int:
+    """The legal count step * N + 1 that `num_frames` becomes: "trim" the next one below, "pad" the next one
+    above, "nearest" the nearer (of two the larger). SettingError for pad beyond `most` and for no frames."""
+    if how not in get_args(FitFrames):
+        raise SettingError(f"fit_frames must be one of {', '.join(get_args(FitFrames))}, got {how!r}")
+    if num_frames < 1:
+        raise SettingError(f"frame count must be at least 1, got {num_frames}; nearest: 1")
+    if how == "nearest":
+        return nearest_frames(num_frames, step, most)
+    if how == "trim":
+        return min((num_frames - 1) // step * step + 1, most)
+    count = -(-(num_frames - 1) // step) * step + 1
+    if count > most:
+        raise SettingError(f"cannot pad {num_frames} frames: the most is {most}; legal: fit_frames trim")
+    return count
 
 
 def latent_frames(num_frames: int, time_factor: int = 4) -> int:
@@ -57,6 +80,7 @@ class VideoGeometry:
     max_frames: int = 49
     max_size: tuple[int, int] | None = None  # (height, width) in pixels
     only_size: tuple[int, int] | None = None  # models with a learned position table
+    padding: FramePadding = "front"
 
     def __post_init__(self) -> None:
         self._check_frames()
@@ -101,6 +125,7 @@ class VideoGeometry:
             max_frames=native.max_frames,
             max_size=table_size if net.position != "sincos" and net.grid_rule == "slice" else None,
             only_size=table_size if net.position == "rope+learned" else None,
+            padding=config.sampling.frame_padding,
         )
 
     @property
@@ -125,12 +150,18 @@ class VideoGeometry:
 
     @property
     def frames_to_pad(self) -> int:
-        """Latent frames that sampling adds in front and removes before decoding."""
-        return frames_to_pad(self.latent_frames, self.patch_size[0])
+        """Latent frames that sampling adds and removes before decoding."""
+        return frames_to_pad(self.latent_frames, self.patch_size[0], self.padding)
 
     @property
     def padded_latent_frames(self) -> int:
         return self.latent_frames + self.frames_to_pad
+
+    @property
+    def own_frames(self) -> slice:
+        """Where the video's own latent frames are among the padded ones."""
+        start = self.frames_to_pad if self.padding == "front" else 0
+        return slice(start, start + self.latent_frames)
 
     def latent_shape(self, channels: int) -> tuple[int, int, int, int]:
         """(T, C, H, W) of one sample as the transformer sees it, padding included."""

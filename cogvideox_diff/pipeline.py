@@ -30,6 +30,7 @@ from cogvideox_diff.formats import (
     save_model,
 )
 from cogvideox_diff.generation import NOTHING, Batch, Callback, Engine, Given, Item
+from cogvideox_diff.geometry import FitFrames
 from cogvideox_diff.lora_files import LoRAReport
 from cogvideox_diff.memory import Savers, advice, quantized, resolve_savers
 from cogvideox_diff.planning import DEFAULTS, CallSettings, Plan, check_request, tasks_of
@@ -260,6 +261,7 @@ class CogVideoXPipeline:
         image: object = None,
         video: Video | None = None,
         strength: float | None = None,
+        fit_frames: FitFrames | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -270,6 +272,7 @@ class CogVideoXPipeline:
         value. A prompt that is too long is cut, with a Python warning.
 
         `image` (uint8 [H, W, 3], an array or a PIL image) and `video` are resized to cover the size and cut.
+        `fit_frames` ("nearest", "pad", "trim") makes another number of frames legal instead of refusing it.
         `latents` is the initial noise [(B,) T, C, H, W] of any task (T with padding); `prompt_embeds` the
         text features [(B,) L, D]. `output_type`: "video"; "latent": float32 [T, C, H, W] without padding;
         "pt": float32 [frames, 3, height, width] in 0..1; "np": the same as [frames, height, width, 3]; "pil":
@@ -285,6 +288,7 @@ class CogVideoXPipeline:
             dynamic_cfg=dynamic_cfg,
             scheduler=scheduler,
             strength=strength,
+            fit_frames=fit_frames,
         )
         if output_type not in get_args(OutputType):
             legal = ", ".join(get_args(OutputType))
@@ -313,10 +317,12 @@ class CogVideoXPipeline:
         settings: CallSettings = DEFAULTS,
         *,
         callback: Callback | None = None,
+        given: Given = NOTHING,
     ) -> DiffusionResult:
         """One video with its cost by stage: "text", "encode" (with an image or video), "model", "decode".
-        `callback` sees every denoising step."""
-        return self.generate_batch([request], settings, callback=callback)[0]
+        `callback` sees every denoising step; `given` replaces what the pipeline would make itself."""
+        plan = check_request(self.config, settings, image=request.image, video=request.video)
+        return self._results(self.engine.run([_item(request)], plan, given, callback=callback), plan)[0]
 
     def generate_batch(
         self,

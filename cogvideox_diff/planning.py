@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SamplingConfig, SchedulerName
-from cogvideox_diff.geometry import VideoGeometry, fit_short_side
-from cogvideox_diff.schedulers import first_step
+from cogvideox_diff.geometry import FitFrames, VideoGeometry, fit_frames, fit_short_side, nearest_frames
+from cogvideox_diff.guidance import DynamicGuidance, make_guidance
+from cogvideox_diff.schedule import NoiseSchedule
+from cogvideox_diff.schedulers import first_step, make_scheduler
 from shared.config_io import to_plain
 from shared.errors import SettingError
 from shared.video import Video
@@ -28,7 +30,10 @@ def tasks_of(config: CogVideoXConfig) -> frozenset[Task]:
 
 @dataclass(frozen=True, kw_only=True)
 class CallSettings:
-    """All of a call but its inputs; None is the model's own value. `dynamic_cfg`: True is "upstream"."""
+    """All of a call but its inputs; None is the model's own value. `dynamic_cfg`: True is "upstream".
+
+    `fit_frames` makes another number of frames legal instead of refusing it: "nearest", "pad" (the next one
+    above; a given video goes on with its last frame) or "trim" (the next one below)."""
 
     negative_prompt: str = ""
     num_frames: int | None = None
@@ -39,6 +44,7 @@ class CallSettings:
     dynamic_cfg: bool | DynamicMode | None = None
     scheduler: SchedulerName | None = None
     strength: float | None = None  # video-to-video only
+    fit_frames: FitFrames | None = None
 
 
 DEFAULTS = CallSettings()
@@ -53,6 +59,7 @@ class Plan:
     sampling: SamplingConfig
     negative_prompt: str
     fps: float
+    guidance_weights: tuple[float, ...] = ()  # of every step, where they change
 
     @property
     def first_step(self) -> int:
@@ -81,6 +88,7 @@ class Plan:
             "fps": self.fps,
             "negative_prompt": self.negative_prompt,
             **to_plain(self.sampling),
+            **({"guidance_weights": list(self.guidance_weights)} if self.guidance_weights else {}),
         }
 
 
@@ -102,14 +110,26 @@ def check_request(
     if task == "v2v":
         _check_strength(sampling)
     height, width = _size(config, settings, image)
-    geometry = VideoGeometry.of(config, height=height, width=width, num_frames=_num_frames(settings, video))
-    return Plan(
+    num_frames = _num_frames(config, settings, video)
+    geometry = VideoGeometry.of(config, height=height, width=width, num_frames=num_frames)
+    plan = Plan(
         task=task,
         geometry=geometry,
         sampling=sampling,
         negative_prompt=settings.negative_prompt,
         fps=config.geometry.fps if video is None else video.fps,
     )
+    return replace(plan, guidance_weights=_changing_weights(config, plan))
+
+
+def _changing_weights(config: CogVideoXConfig, plan: Plan) -> tuple[float, ...]:
+    """What dynamic guidance comes to at each step, which nobody would guess from its settings."""
+    guide = make_guidance(plan.sampling, plan.num_steps)
+    if not isinstance(guide, DynamicGuidance) or not plan.guided:
+        return ()
+    scheduler = make_scheduler(NoiseSchedule.from_config(config.schedule), plan.sampling)
+    timesteps = scheduler.timesteps[plan.first_step :]
+    return tuple(round(guide.weight(timestep, i), 4) for i, timestep in enumerate(timesteps))
 
 
 def _task(config: CogVideoXConfig, image: Tensor | None, video: Video | None) -> Task:
@@ -166,14 +186,21 @@ def _check_strength(sampling: SamplingConfig) -> None:
         )
 
 
-def _num_frames(settings: CallSettings, video: Video | None) -> int | None:
+def _num_frames(config: CogVideoXConfig, settings: CallSettings, video: Video | None) -> int | None:
     """A given video decides where nothing else does; a smaller count takes its beginning."""
-    if video is None:
-        return settings.num_frames
-    wanted = video.num_frames if settings.num_frames is None else settings.num_frames
-    if wanted > video.num_frames:
-        raise SettingError(f"num_frames {wanted} exceeds the given video's {video.num_frames} frames")
-    return wanted
+    wanted, how, size = settings.num_frames, settings.fit_frames, config.geometry
+    if video is not None:
+        wanted = video.num_frames if wanted is None else wanted
+        if how == "trim":
+            wanted = min(wanted, video.num_frames)
+        if wanted > video.num_frames and how is None:
+            raise SettingError(
+                f"num_frames {wanted} exceeds the given video's {video.num_frames} frames; nearest: "
+                f"{nearest_frames(video.num_frames, size.frame_step, size.max_frames)} (fit_frames pads it)"
+            )
+    if wanted is None or how is None:
+        return wanted
+    return fit_frames(wanted, size.frame_step, size.max_frames, how)
 
 
 def _size(

@@ -138,6 +138,18 @@ class DDIMScheduler(_Solver):
         x_next = kept * x.float() + (after**0.5 - abar**0.5 * kept) * x0
         return x_next.to(x.dtype), state
 
+    def unstep(self, x_next: Tensor, v: Tensor, i: int) -> Tensor:
+        """The sample that step `i` takes to `x_next` where the model says `v` for it: `to_x0` and `step`
+        solved for x. ValueError for a single step, which forgets its noise."""
+        abar, after, used = self.levels.abar[i], self.levels.abar_next[i], self.levels.abar_x0[i]
+        kept = ((1 - after) / (1 - abar)) ** 0.5
+        share = after**0.5 - abar**0.5 * kept  # of x0 in x_next
+        if (of_x := kept + share * used**0.5) < 1e-6:
+            raise ValueError(
+                "a single step from noise to the clean sample has no inverse; take two or more"
+            )
+        return (x_next + share * (1 - used) ** 0.5 * v) / of_x
+
 
 class DPMScheduler(_Solver):
     """Stochastic, second order (DPM-Solver++ 2M SDE) in lambda = ln(sqrt(abar) / sqrt(1 - abar))."""
@@ -177,6 +189,37 @@ def _lambda(abar: float) -> float:
     if abar in (0, 1):
         return math.inf if abar else -math.inf
     return 0.5 * math.log(abar / (1 - abar))
+
+
+class KnownFrames:
+    """A solver in whose samples the first frames are known: at every level they are the clean `known_BTCHW`
+    with the same noise, so that the frames behind are made to continue them ("replacement")."""
+
+    def __init__(self, solver: Scheduler, known_BTCHW: Tensor, noise_BTCHW: Tensor) -> None:
+        self.solver, self.known = solver, known_BTCHW.float()
+        self.noise = noise_BTCHW[:, : known_BTCHW.shape[1]].float()
+        self.levels = solver.levels
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        return self.levels.timesteps
+
+    def init_state(self) -> State:
+        return self.solver.init_state()
+
+    def to_x0(self, x: Tensor, v: Tensor, i: int) -> Tensor:
+        return self._with_known(self.solver.to_x0(x, v, i), self.known)
+
+    def step(self, x: Tensor, x0: Tensor, i: int, state: State, draw: Draw) -> tuple[Tensor, State]:
+        x_next, state = self.solver.step(x, x0, i, state, draw)
+        return self.restored(x_next, self.levels.abar_next[i]), state
+
+    def restored(self, x: Tensor, abar: float) -> Tensor:
+        """`x` with the known frames at the level `abar`."""
+        return self._with_known(x, abar**0.5 * self.known + (1 - abar) ** 0.5 * self.noise)
+
+    def _with_known(self, x: Tensor, known: Tensor) -> Tensor:
+        return torch.cat([known.to(x), x[:, known.shape[1] :]], dim=1)
 
 
 def make_scheduler(schedule: NoiseSchedule, config: SamplingConfig) -> Scheduler:
