@@ -62,7 +62,7 @@ class Measured:
                 values = [*self.by_prompt(name).values()]
                 found[name] = asdict(mean_interval(values, proportion=metric.proportion))
             elif name in self.sets:
-                found[name] = self.sets[name].summary()
+                found[name] = asdict(self.sets[name].interval())
             else:
                 continue
             found[name]["recipe"] = metric.recipe_line

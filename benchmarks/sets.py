@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from benchmarks.features.extractors import Extractor
 from benchmarks.metrics import RefusedError
 from benchmarks.metrics.distances import SCORE_SEED, SET_METRICS, SetMetric
-from benchmarks.statistics import Interval, jackknife_interval
+from benchmarks.statistics import Interval, Jackknife, jackknife
 from shared.errors import WeightsError
 from shared.video import Video
 
@@ -55,18 +55,19 @@ class SetScore:
     prompts: tuple[int, ...]
     statistic: Callable[[NDArray[np.int64]], float]  # of places in `prompts`
 
-    def interval(self) -> Interval:
-        return jackknife_interval(self.statistic, len(self.prompts))
+    @cached_property
+    def replicates(self) -> Jackknife:
+        return jackknife(self.statistic, len(self.prompts))
 
-    def summary(self) -> dict[str, Any]:
-        return asdict(self.interval())
+    def interval(self) -> Interval:
+        return self.replicates.interval()
 
     def minus(self, other: SetScore) -> Interval:
         """The difference on the same prompts. RefusedError where they differ: a distance falls with N."""
         if self.prompts != other.prompts:
             counts = f"{len(self.prompts)} and {len(other.prompts)} videos"
             raise RefusedError(f"measured on {counts} of different prompts; a distance depends on the number")
-        return jackknife_interval(lambda i: self.statistic(i) - other.statistic(i), len(self.prompts))
+        return self.replicates.minus(other.replicates).interval()
 
 
 def score_sets(

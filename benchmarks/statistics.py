@@ -98,29 +98,42 @@ def paired_difference(
     return Interval(value=value, low=min(low, value), high=max(high, value), n=n)
 
 
-def jackknife_interval(
-    statistic: Callable[[np.ndarray], float],
-    count: int,
-    *,
-    groups: int = GROUPS,
-    seed: int = 0,
-    level: float = LEVEL,
-) -> Interval:
-    """`statistic` of the indices 0..count - 1 with an interval from leaving out groups of them in turn
-    (Quenouille 1956, Tukey 1958), Student's t with groups - 1 degrees of freedom.
+@dataclass(frozen=True, kw_only=True)
+class Jackknife:
+    """A statistic of a whole set, and of the set without each group of its members in turn (Quenouille 1956,
+    Tukey 1958)."""
 
-    The interval is for what the statistic would be on other sets of the same size: a bias that depends on the
-    size stays in it. ValueError for fewer than three indices."""
+    value: float
+    without: np.ndarray  # [groups]
+    shares: np.ndarray  # of the members that a group holds, [groups]
+    n: int
+
+    def minus(self, other: Jackknife) -> Jackknife:
+        """The difference, group by group; both must be of the same members."""
+        if self.n != other.n or not np.array_equal(self.shares, other.shares):
+            raise ValueError(f"paired statistics must be of the same members: {self.n} and {other.n}")
+        value, without = self.value - other.value, self.without - other.without
+        return Jackknife(value=value, without=without, shares=self.shares, n=self.n)
+
+    def interval(self, *, level: float = LEVEL) -> Interval:
+        """With Student's t of groups - 1 degrees of freedom. It is for what the statistic would be on other
+        sets of the same size: a bias that depends on the size stays in it."""
+        variance = float(((1 - self.shares) * np.square(self.without - self.without.mean())).sum())
+        half = student_t(0.5 + level / 2, len(self.without) - 1) * variance**0.5
+        return Interval(value=self.value, low=self.value - half, high=self.value + half, n=self.n)
+
+
+def jackknife(
+    statistic: Callable[[np.ndarray], float], count: int, *, groups: int = GROUPS, seed: int = 0
+) -> Jackknife:
+    """Of a `statistic` of the indices 0..count - 1. ValueError for fewer than three."""
     if count < 3:
         raise ValueError(f"a jackknife needs three values or more, got {count}")
     order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
     parts = np.array_split(order, min(groups, count))
     without = np.array([statistic(np.setdiff1d(order, part)) for part in parts])
     shares = np.array([len(part) / count for part in parts])
-    variance = float(((1 - shares) * np.square(without - without.mean())).sum())
-    value = statistic(np.arange(count))
-    half = student_t(0.5 + level / 2, len(parts) - 1) * variance**0.5
-    return Interval(value=value, low=value - half, high=value + half, n=count)
+    return Jackknife(value=statistic(np.arange(count)), without=without, shares=shares, n=count)
 
 
 def student_t(share: float, freedom: int) -> float:

@@ -52,7 +52,7 @@ def _from_torchscript(path: Path) -> Distance:
         module = torch.jit.load(str(path), map_location="cpu").eval()
     except (RuntimeError, OSError, ValueError) as error:
         raise WeightsError(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
-    return lambda first, second: module(first, second).flatten(1).mean(1)
+    return lambda first, second: module(first, second).reshape(len(first), -1).mean(1)
 
 
 def _from_weights(path: Path) -> Distance:
