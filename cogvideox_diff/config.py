@@ -16,6 +16,8 @@ DynamicMode = Literal["upstream", "rise", "fall"]
 SchedulerName = Literal["ddim", "dpm"]
 SamplerRules = Literal["diffusers", "sat"]
 Unconditional = Literal["empty_prompt", "zeros"]
+# Where 1.5 gets the latent frames that complete a pair, dropped before decoding: "front" as diffusers and SAT
+# 1.5 sample and CogVideoX's fine-tuning trains, "back" as finetrainers.
 FramePadding = Literal["front", "back"]
 
 SAT_FINAL_NORM_EPS = (
@@ -177,9 +179,6 @@ class SamplingConfig:
     unconditional: Unconditional = "empty_prompt"  # SAT: all-zero text features
     strength: float = 0.8  # video-to-video: share of the steps that are run
     ofs: float = 2.0  # read only where the transformer has an offset input
-    # Where 1.5 gets the latent frames that complete a pair: "front" as diffusers and SAT 1.5 sample and
-    # CogVideoX's fine-tuning trains, "back" as finetrainers. They are dropped before decoding.
-    frame_padding: FramePadding = "front"
 
     def __post_init__(self) -> None:
         steps = self.num_inference_steps
@@ -189,7 +188,6 @@ class SamplingConfig:
         _require_choice("scheduler", self.scheduler, get_args(SchedulerName))
         _require_choice("rules", self.rules, get_args(SamplerRules))
         _require_choice("unconditional", self.unconditional, get_args(Unconditional))
-        _require_choice("frame_padding", self.frame_padding, get_args(FramePadding))
         _require(0 < self.strength <= 1, f"strength must be in (0, 1], got {self.strength}")
 
 

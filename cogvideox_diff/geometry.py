@@ -84,6 +84,9 @@ class VideoGeometry:
 
     def __post_init__(self) -> None:
         self._check_frames()
+        if self.padding not in get_args(FramePadding):
+            legal = ", ".join(get_args(FramePadding))
+            raise SettingError(f"frame_padding must be one of {legal}, got {self.padding!r}")
         if self.only_size is not None and (self.height, self.width) != self.only_size:
             legal = "x".join(map(str, self.only_size))
             raise SettingError(
@@ -109,6 +112,7 @@ class VideoGeometry:
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
+        padding: FramePadding = "front",
     ) -> VideoGeometry:
         """The geometry of a request; what is None is the model's native value."""
         native, vae, net = config.geometry, config.vae, config.transformer
@@ -125,7 +129,7 @@ class VideoGeometry:
             max_frames=native.max_frames,
             max_size=table_size if net.position != "sincos" and net.grid_rule == "slice" else None,
             only_size=table_size if net.position == "rope+learned" else None,
-            padding=config.sampling.frame_padding,
+            padding=padding,
         )
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SamplingConfig, SchedulerName
+from cogvideox_diff.config import CogVideoXConfig, DynamicMode, FramePadding, SamplingConfig, SchedulerName
 from cogvideox_diff.geometry import FitFrames, VideoGeometry, fit_frames, fit_short_side, nearest_frames
 from cogvideox_diff.guidance import DynamicGuidance, make_guidance
 from cogvideox_diff.schedule import NoiseSchedule
@@ -45,6 +45,7 @@ class CallSettings:
     scheduler: SchedulerName | None = None
     strength: float | None = None  # video-to-video only
     fit_frames: FitFrames | None = None
+    frame_padding: FramePadding = "front"  # where 1.5 completes pairs of latent frames
 
 
 DEFAULTS = CallSettings()
@@ -88,6 +89,7 @@ class Plan:
             "fps": self.fps,
             "negative_prompt": self.negative_prompt,
             **to_plain(self.sampling),
+            **({"frame_padding": size.padding} if size.patch_size[0] > 1 else {}),
             **({"guidance_weights": list(self.guidance_weights)} if self.guidance_weights else {}),
         }
 
@@ -111,7 +113,9 @@ def check_request(
         _check_strength(sampling)
     height, width = _size(config, settings, image)
     num_frames = _num_frames(config, settings, video)
-    geometry = VideoGeometry.of(config, height=height, width=width, num_frames=num_frames)
+    geometry = VideoGeometry.of(
+        config, height=height, width=width, num_frames=num_frames, padding=settings.frame_padding
+    )
     plan = Plan(
         task=task,
         geometry=geometry,
@@ -120,6 +124,22 @@ def check_request(
         fps=config.geometry.fps if video is None else video.fps,
     )
     return replace(plan, guidance_weights=_changing_weights(config, plan))
+
+
+def plan_inversion(config: CogVideoXConfig, settings: CallSettings, video: Video) -> Plan:
+    """The plan of finding the noise of `video`, and of sampling from it: with DDIM and, unless a scale is
+    given, without guidance. An image-to-video model is given the first frame. SettingError as in
+    `check_request`."""
+    if settings.scheduler not in (None, "ddim") or settings.strength is not None:
+        raise SettingError("inversion runs the ddim scheduler over all steps; legal: ddim, and no strength")
+    scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
+    count = _num_frames(config, settings, video)
+    settings = replace(settings, num_frames=count, fit_frames=None, scheduler="ddim", guidance_scale=scale)
+    image = video.frames[0] if tasks_of(config) == {"i2v"} else None
+    plan = check_request(config, settings, image=image)
+    if plan.num_steps < 2:
+        raise SettingError("a single step has no inverse; num_inference_steps must be at least 2, got 1")
+    return replace(plan, fps=video.fps)
 
 
 def _changing_weights(config: CogVideoXConfig, plan: Plan) -> tuple[float, ...]:

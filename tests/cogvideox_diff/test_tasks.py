@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,10 @@ def test_quirk_back_padding_when_aligned() -> None:
 @pytest.mark.parametrize("padding", ["front", "back"])
 def test_padding_of_both_conventions(padding: Any, spiece: Path) -> None:
     """The clip's own latents are where they are dropped from; what completes the pair is a copy."""
-    sampling = replace(tiny_config("1.5-5b").sampling, frame_padding=padding)
-    pipe = make("1.5-5b", spiece, sampling=sampling)
-    plan = check_request(pipe.config, video=clip())
+    pipe = make("1.5-5b", spiece)
+    call = CallSettings(frame_padding=padding, strength=0.25)
+    plan = check_request(pipe.config, call, video=clip())
+    assert plan.settings()["frame_padding"] == padding
     assert (plan.geometry.padding, plan.geometry.padded_latent_frames) == (padding, 4)
     z = torch.randn(1, 3, 4, 4, 6, generator=torch.Generator().manual_seed(0))
     padded = conditioning.clean_latents(z, pipe.config, padding)
@@ -104,25 +104,28 @@ def test_padding_of_both_conventions(padding: Any, spiece: Path) -> None:
     torch.testing.assert_close(own, z * pipe.config.vae.scaling_factor)
     extra, copied = (padded[:, 0], own[:, 0]) if padding == "front" else (padded[:, 3], own[:, 2])
     assert torch.equal(extra, copied)
-    weak = pipe(PROMPT, video=clip(), strength=0.25, output_type="latent")
-    assert weak.shape == own.shape[1:]
+    video = pipe.generate(GenerationRequest(prompt=PROMPT, video=clip()), call).video
+    assert video.num_frames == 9
 
 
 def test_paddings_differ_in_the_video_only_as_said(spiece: Path) -> None:
     """The same noise read with the padding in front or behind: the video's own latents differ in place."""
     noise = torch.randn(4, 4, 4, 6, generator=torch.Generator().manual_seed(1))
+    pipe = make("1.5-5b", spiece, sampling=SamplingConfig(num_inference_steps=2, guidance_scale=1.0))
     results = {}
     for padding in ("front", "back"):
-        sampling = SamplingConfig(num_inference_steps=2, guidance_scale=1.0, frame_padding=padding)  # type: ignore[arg-type]
-        pipe = make("1.5-5b", spiece, sampling=sampling)
-        results[padding] = pipe(PROMPT, latents=noise, output_type="latent")
+        plan = check_request(pipe.config, CallSettings(frame_padding=padding))  # type: ignore[arg-type]
+        results[padding] = pipe.engine.run([_item()], plan, Given(noise=noise[None]), decoded=False).latents[
+            0
+        ]
     torch.testing.assert_close(results["front"][:-1], results["back"][1:])
 
 
 def test_padding_is_a_setting() -> None:
-    with pytest.raises(ValueError, match="frame_padding must be one of 'front', 'back', got 'first'"):
-        SamplingConfig(frame_padding="first")  # type: ignore[arg-type]
-    assert PRESETS["cogvideox-1.5-5b"]().sampling.frame_padding == "front"
+    with pytest.raises(SettingError, match="frame_padding must be one of front, back, got 'first'"):
+        check_request(tiny_config("1.5-5b"), CallSettings(frame_padding="first"))  # type: ignore[arg-type]
+    assert check_request(tiny_config("1.5-5b")).settings()["frame_padding"] == "front"
+    assert "frame_padding" not in check_request(tiny_config("5b")).settings()
 
 
 # ---- known first frames
