@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cogvideox_diff.config import TransformerConfig
+from cogvideox_diff.config import TransformerConfig, VAEConfig
 from cogvideox_diff.transformer import Attend, ExpertTransformer, Rope, unpatchify
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from cogvideox_diff.vae.causal_conv import ClipContext, Stage, chunk_bounds, run_causal
@@ -44,15 +44,23 @@ class InferenceGroups:
     clip: ParallelContext
 
     @classmethod
-    def of(cls, world: ParallelContext, *, guidance: int = 1) -> InferenceGroups:
-        """`guidance` (1 or 2) groups of neighbouring ranks, each for the tokens of its rows; all for the VAE.
+    def of(
+        cls, world: ParallelContext, *, guidance: int = 1, sequence: int | None = None, clip: bool = True
+    ) -> InferenceGroups:
+        """`guidance` (1 or 2) groups of neighbouring ranks, each of `sequence` (None: all that are left) for
+        the tokens of its rows; `clip`: all for the VAE.
 
-        SettingError lists the legal numbers. Every process must call it.
+        Where the transformer takes one rank, each runs it alone. SettingError lists the legal numbers. Every
+        process must call it.
         """
         check_degree("guidance", guidance, [d for d in (1, 2) if d in divisors(world.degree)])
-        sequence = world.degree // guidance
+        left = world.degree // guidance
+        degree = left if sequence is None else sequence
+        check_degree("sequence", degree, [1, left] if guidance == 1 else [left])
         return cls(
-            guidance=world.split(guidance, stride=sequence), sequence=world.split(sequence), clip=world
+            guidance=world.split(guidance, stride=left),
+            sequence=world.split(degree),
+            clip=world if clip else ParallelContext(),
         )
 
 
@@ -195,6 +203,17 @@ class ParallelRun:
             return torch.cat(gather_parts(own, self.context), dim=2)
         own = run_own_pieces(stage, x_BCTHW, bounds, self.context, single_frame=single_frame)
         return torch.cat(deal_back(gather_parts(own, self.context), len(bounds)), dim=2)
+
+
+def check_clip_degree(config: VAEConfig, num_frames: int, degree: int) -> None:
+    """SettingError where a clip of `num_frames` encoded, or its latents decoded, whole leave a rank without
+    frames; clips in pieces and single frames never do."""
+    latents = (num_frames - 1) // config.time_factor + 1
+    if num_frames > 1 and config.encode_frames == 0:
+        frame_sizes(num_frames, degree, unit=config.time_factor, single=True)
+    if latents > 1 and config.decode_latents == 0:
+        single = ClipContext(single_frame=config.single_frame).has_single_frame(latents)
+        frame_sizes(latents, degree, unit=1, single=single)
 
 
 def frame_sizes(num_frames: int, degree: int, *, unit: int, single: bool) -> tuple[int, ...]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.config_cli import override_all
-from shared.errors import SettingError
+from shared.errors import OutOfMemoryError, SettingError, UserError
 from shared.generation_cli import Order, add_generation_flags, run_generation
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from cogvideox_diff.commands.lora import Chosen
     from cogvideox_diff.denoising import Step
+    from cogvideox_diff.parallel_pipeline import Sharing, Team
     from cogvideox_diff.pipeline import CogVideoXPipeline
     from cogvideox_diff.planning import CallSettings
     from shared.protocol import GenerationRequest, GenerationResult
@@ -52,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="an adapter, of diffusers, PEFT or SAT; several add up")  # fmt: skip
     parser.add_argument("--lora_scale", type=float, action="append", default=[], metavar="SCALE",
                         help="its strength, 1 as trained; one for all, or one for each")  # fmt: skip
+    parser.add_argument("--cfg_parallel", action="store_true",
+                        help="under torchrun: each half of guidance has its own processes")  # fmt: skip
+    parser.add_argument("--ulysses_degree", type=int, default=1, metavar="N",
+                        help="under torchrun: N processes share the tokens of attention")  # fmt: skip
+    parser.add_argument("--vae_parallel", action="store_true",
+                        help="under torchrun: all processes share the frames of the VAE")  # fmt: skip
 
 
 @dataclass
@@ -61,6 +70,7 @@ class Configured:
     pipeline: CogVideoXPipeline
     call: CallSettings
     effective: dict[str, Any]
+    team: Team | None = None  # the processes that share the work
     on_progress: Callable[[float], None] | None = None
 
     def __post_init__(self) -> None:
@@ -68,7 +78,8 @@ class Configured:
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """The pipeline's result, shown at the rate that was asked for."""
-        result = self.pipeline.generate(request, self.call, callback=self._moved)
+        with nullcontext() if self.team is None else self.team.at_work(request):
+            result = self.pipeline.generate(request, self.call, callback=self._moved)
         return replace(result, video=replace(result.video, fps=self.effective["fps"]))
 
     def _moved(self, step: Step) -> None:
@@ -81,9 +92,53 @@ class Configured:
 
 def run(options: argparse.Namespace) -> None:
     """Everything is checked before the weights are read."""
+    if options.ulysses_degree < 1:
+        raise SettingError(f"--ulysses_degree must be at least 1, got {options.ulysses_degree}")
+    if not (
+        options.cfg_parallel or options.vae_parallel or options.ulysses_degree > 1 or "RANK" in os.environ
+    ):
+        run_generation(_order(options), options)
+        return
+    from cogvideox_diff.parallel_pipeline import Sharing
+
+    sharing = Sharing(
+        cfg_parallel=options.cfg_parallel,
+        ulysses_degree=options.ulysses_degree,
+        vae_parallel=options.vae_parallel,
+    )
+    _run_shared(options, sharing)
+
+
+def _run_shared(options: argparse.Namespace, sharing: Sharing) -> None:
+    """As one of the processes that torchrun started. What fails in all of them is said by the first alone."""
+    from cogvideox_diff.parallel_pipeline import own_device, team
+
+    leads = os.environ.get("RANK", "0") == "0"
+    options.quiet |= not leads
+    try:
+        launch = sharing.launch(os.environ, options.command)
+        if launch is None:
+            run_generation(_order(options), options)
+            return
+        options.device = own_device(options.device, launch)
+        with team(launch, device=options.device) as members:
+            order = members.agree(lambda: _order(options, sharing, members))
+            members.groups = sharing.groups(members.world)
+            if leads:
+                members.lead(order, lambda order: run_generation(order, options))
+            else:
+                members.follow(order)
+    except UserError as error:
+        if leads or isinstance(error, OutOfMemoryError):  # a device can be too small for one of them alone
+            raise
+
+
+def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Team | None = None) -> Order:
+    """What is to be made, all checked; its `load` reads the weights."""
     from cogvideox_diff.commands.lora import choose
     from cogvideox_diff.formats import open_folder
     from cogvideox_diff.memory import resolve_savers
+    from cogvideox_diff.parallel_pipeline import share
     from cogvideox_diff.pipeline import CogVideoXPipeline
     from cogvideox_diff.planning import check_request
     from shared.model_folder import weights_mark
@@ -120,6 +175,9 @@ def run(options: argparse.Namespace) -> None:
     }
     if adapters:
         settings["lora"] = [adapter.settings() for adapter in adapters]
+    if sharing is not None and team is not None:
+        sharing.check(team.world.degree, config, plan)
+        settings["parallel"] = sharing.settings(team.world.degree)
 
     def load() -> Configured:
         pipeline = CogVideoXPipeline.from_pretrained(
@@ -133,10 +191,12 @@ def run(options: argparse.Namespace) -> None:
             sys.stderr.write(f"memory: {savers}\n")
         pipeline.config = config
         spare_threads(pipeline.parts.transformer, pipeline.parts.vae)
+        if team is not None and team.groups is not None:
+            share(pipeline, team.groups)
         _load_adapters(pipeline, adapters, quiet=options.quiet or options.json)
-        return Configured(pipeline, call, settings)
+        return Configured(pipeline, call, settings, team)
 
-    order = Order(
+    return Order(
         command=options.command,
         settings=settings,
         load=load,
@@ -144,7 +204,6 @@ def run(options: argparse.Namespace) -> None:
         video=video,
         inputs=_described(options, image, video),
     )
-    run_generation(order, options)
 
 
 def _load_adapters(pipeline: CogVideoXPipeline, adapters: Sequence[Chosen], *, quiet: bool) -> None:
