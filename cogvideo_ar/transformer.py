@@ -113,6 +113,17 @@ class DecodeState:
     next_slot: int = 0  # counted over all frames
 
 
+def layer_cache(config: TransformerConfig, layout: SequenceLayout, layer: int, like: Tensor) -> LayerCache:
+    """Room for the keys and values of one layer; `like` [B, ...] gives rows, dtype and device."""
+    shape = (like.shape[0], config.num_heads, config.head_dim)
+    regions = [] if layout.base_only else region_slots(layout, config.window, layer)
+    sizes = [layout.text_len + layout.num_frames * len(slots) for slots in regions]
+    return LayerCache(
+        spatial=KVCache(*shape, [layout.text_len + layout.frame_len], like),
+        temporal=KVCache(*shape, sizes, like),
+    )
+
+
 class CogVideoTransformer(nn.Module):
     """Text and frame tokens -> logits of the next image tokens; embeddings and output head are tied."""
 
@@ -253,7 +264,9 @@ class CogVideoTransformer(nn.Module):
         )
         state = DecodeState(
             layout=layout,
-            caches=[self._layer_cache(layout, x_BLC, layer) for layer in range(self.config.num_layers)],
+            caches=[
+                layer_cache(self.config, layout, layer, x_BLC) for layer in range(self.config.num_layers)
+            ],
             context=steps,
             positions=self.position_rows(layout.slot_positions().to(x_BLC.device)),
             next_slot=num_given * layout.frame_len,
@@ -279,15 +292,6 @@ class CogVideoTransformer(nn.Module):
             x_BPC = block(x_BPC, state.context, cache)
         logits_BPV = self.image_logits(self.final_norm(x_BPC))
         return logits_BPV if logits_BPV.dtype == torch.float64 else logits_BPV.float()
-
-    def _layer_cache(self, layout: SequenceLayout, like: Tensor, layer: int) -> LayerCache:
-        shape = (like.shape[0], self.config.num_heads, self.config.head_dim)
-        regions = [] if layout.base_only else region_slots(layout, self.config.window, layer)
-        sizes = [layout.text_len + layout.num_frames * len(slots) for slots in regions]
-        return LayerCache(
-            spatial=KVCache(*shape, [layout.text_len + layout.frame_len], like),
-            temporal=KVCache(*shape, sizes, like),
-        )
 
     # ---- parameters
 

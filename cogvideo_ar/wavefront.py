@@ -151,12 +151,18 @@ def sequential_steps(config: CogVideoConfig) -> dict[str, int]:
     their gaps are filled side by side."""
     keyframes, interpolation = config.keyframes, config.interpolation
     steps = {
-        "first frame": wavefront_schedule(keyframes, image_layout(keyframes, 0)).num_steps,
-        "key frames": wavefront_schedule(keyframes, keyframe_layout(keyframes, 0)).num_steps,
+        "first frame": _num_steps(keyframes, image_layout(keyframes, 0)),
+        "key frames": _num_steps(keyframes, keyframe_layout(keyframes, 0)),
     }
-    round_steps = wavefront_schedule(interpolation, interpolation_layout(interpolation, 0)).num_steps
+    round_steps = _num_steps(interpolation, interpolation_layout(interpolation, 0))
     rounds = enumerate(config.sampling.interpolation_durations, start=1)
     return steps | {f"round {number}": round_steps for number, _ in rounds}
+
+
+def _num_steps(config: TransformerConfig, layout: SequenceLayout) -> int:
+    """Waves, or as many as there are tokens with the full channel, which gains one step a frame at most."""
+    schedule = wavefront_schedule(config, layout)
+    return schedule.num_tokens if config.temporal == "full" else schedule.num_steps
 
 
 # ---- decoding
