@@ -14,6 +14,7 @@ PROGRAM = Program(
         "generate": "make videos of prompts",
         "train": "train a preset's model",
         "convert": "write a model folder of the released weights",
+        "clusters": "make or take over the table of token clusters",
     },
 )
 main = PROGRAM.main

@@ -7,12 +7,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from cogvideo_ar.clusters import FILE as CLUSTERS
 from cogvideo_ar.config import CogVideoConfig
 from cogvideo_ar.parts import DEMO, FAMILY, Parts, load_parts, own_dtype, read_config, save_parts
 from cogvideo_ar.sat_layout import SatFolder, is_sat
+from shared.checkpoints import load_tensors
 from shared.errors import OutputPathError, WeightsError
-from shared.model_folder import find_model
+from shared.model_folder import find_model, needed
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,18 @@ class OwnFolder:
         return own_dtype(self.path)
 
     @property
-    def has_clusters(self) -> bool:
-        return (self.path / "cluster_labels.safetensors").is_file()
+    def clusters(self) -> Path | None:
+        """The table of token clusters, if there is one."""
+        return self.clusters_target if self.clusters_target.is_file() else None
+
+    @property
+    def clusters_target(self) -> Path:
+        """Where a table of token clusters belongs."""
+        return self.path / CLUSTERS
+
+    def codebook(self) -> Tensor:
+        """The image codec's codes [V, D], float32."""
+        return load_tensors(needed(self.path / "vqvae.safetensors"))["quantizer.codebook"].float()
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Parts:
         return load_parts(self.path, dtype, device)

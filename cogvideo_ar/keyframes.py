@@ -51,9 +51,11 @@ def generate_keyframes(
     config: SamplingConfig,
     samplers: StageSamplers,
     generators: Sequence[torch.Generator],
-    first_B1S: Tensor,
+    given_BGS: Tensor,
+    num_frames: int | None = None,
 ) -> Tensor:
-    """The first frames and the key frames behind them, int64 [B, F, S]; guided unless `guidance_alpha` is 1.
+    """The given frames and the key frames behind them, int64 [B, F, S]; guided unless `guidance_alpha` is 1.
+    `num_frames` counts all of them (default: as many as the model was trained with).
 
     Under guidance the attention to the text is not strengthened (as upstream)."""
     guided, duration = config.guidance_alpha != 1, config.keyframe_duration
@@ -62,7 +64,8 @@ def generate_keyframes(
     if guided:
         guider = prompt_tokens(config.prompts.keyframes_guider, tokenizer, duration=duration)
         texts += [guider] * len(prompts)
-    layout = keyframe_layout(model.config, max(map(len, texts)))
+    text_len, num_given = max(map(len, texts)), given_BGS.shape[1]
+    layout = keyframe_layout(model.config, text_len, num_frames=num_frames, num_given=num_given)
     targets = (layout.num_frames - layout.num_given) * layout.frame_len
     uniforms = draw_uniforms(generators, targets)
     # the full temporal channel depends on whole frames: nothing to be gained by waves
@@ -71,7 +74,7 @@ def generate_keyframes(
         model,
         layout,
         texts,
-        first_B1S,
+        given_BGS,
         lambda logits, number: samplers.default.sample(logits, uniforms[:, number]),
         guidance_alpha=config.guidance_alpha if guided else None,
         text_weight=0.0 if guided else config.log_text_attention_weights,

@@ -6,6 +6,7 @@
 | `keyframes.safetensors` | the transformer of stage 1 |
 | `interpolation.safetensors` | what the transformer of stage 2 does not share with stage 1 |
 | `super_resolution.safetensors` | where the config has such a stage: its transformer |
+| `refinement.safetensors` | the same, for the refinement of what super-resolution made |
 | `vqvae.safetensors`, `ice_text.model` | image codec, text model |
 | `cluster_labels.safetensors` | optional: `labels`, the cluster of every image token |
 """
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideo_ar.config import CogVideoConfig, TransformerConfig
+from cogvideo_ar.clusters import FILE as CLUSTERS
+from cogvideo_ar.clusters import read_clusters, write_clusters
+from cogvideo_ar.config import CogVideoConfig, SuperResolutionConfig, TransformerConfig
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
@@ -34,6 +37,7 @@ from shared.tokenizers.icetk import IceTokenizer
 
 FAMILY = "cogvideo_ar"
 DEMO = Path(__file__).parent / "demo"
+FINE_STAGES = ("super_resolution", "refinement")  # fields of `Parts` and of `CogVideoConfig`
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
 
 
@@ -49,10 +53,13 @@ class Parts:
     text_model: bytes
     cluster_labels: Tensor | None = None  # int64 [V]: the cluster of every image token
     super_resolution: SuperResolutionTransformer | None = None  # as the config has it or not
+    refinement: SuperResolutionTransformer | None = None  # likewise
 
     def __post_init__(self) -> None:
-        if (self.config.super_resolution is None) != (self.super_resolution is None):
-            raise WeightsError("super-resolution must be in both the config and the weights, or in neither")
+        for name in FINE_STAGES:
+            if (getattr(self.config, name) is None) != (getattr(self, name) is None):
+                what = name.replace("_", "-")
+                raise WeightsError(f"{what} must be in both the config and the weights, or in neither")
         check_super_resolution(self.config)
         check_vocabulary(self.tokenizer, self.config.keyframes)
 
@@ -90,7 +97,7 @@ def load_parts(folder: Path, dtype: torch.dtype, device: torch.device) -> Parts:
     keyframes = build(CogVideoTransformer, config.keyframes, base)
     inherited = {name: base[name] for name, _ in keyframes.base_parameters()}
     own = _read(folder / "interpolation.safetensors", dtype, device)
-    labels = folder / "cluster_labels.safetensors"
+    labels = folder / CLUSTERS
     return Parts(
         config=config,
         keyframes=keyframes,
@@ -98,18 +105,22 @@ def load_parts(folder: Path, dtype: torch.dtype, device: torch.device) -> Parts:
         vqvae=build(VQVAE, config.vqvae, _read(folder / "vqvae.safetensors", torch.float32, device)),
         tokenizer=tokenizer,
         text_model=text_model.read_bytes(),
-        cluster_labels=load_tensors(labels)["labels"] if labels.is_file() else None,
-        super_resolution=_load_super_resolution(folder, config, dtype, device),
+        cluster_labels=_labels(labels, config) if labels.is_file() else None,
+        super_resolution=_load_fine("super_resolution", folder, config.super_resolution, dtype, device),
+        refinement=_load_fine("refinement", folder, config.refinement, dtype, device),
     )
 
 
-def _load_super_resolution(
-    folder: Path, config: CogVideoConfig, dtype: torch.dtype, device: torch.device
+def _labels(path: Path, config: CogVideoConfig) -> Tensor:
+    return read_clusters(path, config.keyframes.num_image_tokens)
+
+
+def _load_fine(
+    name: str, folder: Path, config: SuperResolutionConfig | None, dtype: torch.dtype, device: torch.device
 ) -> SuperResolutionTransformer | None:
-    if config.super_resolution is None:
+    if config is None:
         return None
-    tensors = _read(folder / "super_resolution.safetensors", dtype, device)
-    return build(SuperResolutionTransformer, config.super_resolution, tensors)
+    return build(SuperResolutionTransformer, config, _read(folder / f"{name}.safetensors", dtype, device))
 
 
 def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> Path:
@@ -122,12 +133,11 @@ def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> 
         if name not in shared_names or not torch.equal(x, base[name])
     }
     files = {"keyframes": base, "interpolation": own, "vqvae": parts.vqvae.state_dict()}
-    if parts.super_resolution is not None:
-        files["super_resolution"] = parts.super_resolution.state_dict()
+    files |= {name: net.state_dict() for name in FINE_STAGES if (net := getattr(parts, name)) is not None}
     for name, tensors in files.items():
         save_tensors(_stored(tensors, dtype), folder / f"{name}.safetensors")
     if parts.cluster_labels is not None:
-        save_tensors({"labels": parts.cluster_labels}, folder / "cluster_labels.safetensors")
+        write_clusters(parts.cluster_labels, folder / CLUSTERS)
     with atomic_path(folder / "ice_text.model") as temporary:
         temporary.write_bytes(parts.text_model)
     with atomic_path(folder / "config.json") as temporary:  # last: a folder with it is whole
@@ -155,19 +165,32 @@ def check_vocabulary(tokenizer: IceTokenizer, config: TransformerConfig) -> None
 
 
 def check_super_resolution(config: CogVideoConfig) -> None:
-    """WeightsError unless the stage can follow the others: one pass, from their grid, with their tokens."""
-    fine, frames = config.super_resolution, config.keyframes
+    """WeightsError unless the stages can follow the others: super-resolution in one pass, from their grid,
+    with their tokens, and refinement from its grid."""
+    fine, refinement, frames = config.super_resolution, config.refinement, config.keyframes
     if fine is None:
+        if refinement is not None:
+            raise WeightsError("refinement needs super-resolution before it")
         return
     if fine.kind != "direct":
         raise WeightsError(f"the pipeline's super-resolution must be 'direct', got {fine.kind!r}")
-    for name, got, wanted in (
-        ("coarse_grid", fine.coarse_grid, frames.grid),
-        ("num_image_tokens", fine.num_image_tokens, frames.num_image_tokens),
-        ("start_of_image", fine.start_of_image, frames.start_of_image),
-    ):
+    same = ["num_image_tokens", "start_of_image"]
+    _check_same("super-resolution", fine, "the key frames", frames, same)
+    if fine.coarse_grid != frames.grid:
+        raise WeightsError(
+            f"super-resolution has the coarse_grid {fine.coarse_grid}, the key frames {frames.grid}"
+        )
+    if refinement is not None:
+        if refinement.kind != "iterative":
+            raise WeightsError(f"the pipeline's refinement must be 'iterative', got {refinement.kind!r}")
+        _check_same("refinement", refinement, "super-resolution", fine, [*same, "fine_grid"])
+
+
+def _check_same(name: str, config: Any, other: str, before: Any, fields: list[str]) -> None:
+    for field in fields:
+        got, wanted = getattr(config, field), getattr(before, field)
         if got != wanted:
-            raise WeightsError(f"super-resolution has the {name} {got}, the key frames {wanted}")
+            raise WeightsError(f"{name} has the {field} {got}, {other} {wanted}")
 
 
 def _read(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

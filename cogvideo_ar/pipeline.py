@@ -1,5 +1,5 @@
-"""CogVideoPipeline: prompts to videos, through first frame, key frames, interpolation, super-resolution where
-the model has it, and the image codec.
+"""CogVideoPipeline: prompts to videos, through first frame (made or given), key frames, interpolation,
+super-resolution where the model has it, and the image codec.
 
 Legend: B samples, M frames of a video, S tokens of a frame, h/w token rows/columns.
 """
@@ -8,74 +8,62 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cogvideo_ar.clusters import clusters_mark
 from cogvideo_ar.config import SamplingConfig, TransformerConfig
+from cogvideo_ar.continuation import FitSize, Given, Prefix, prefix_of
 from cogvideo_ar.diagnostics import diagnose
 from cogvideo_ar.formats import open_folder
-from cogvideo_ar.generation import StageSamplers, TokenSampler, build_samplers
-from cogvideo_ar.interpolation import interpolate
-from cogvideo_ar.keyframes import generate_first_frames, generate_keyframes
 from cogvideo_ar.layout import prompt_tokens
-from cogvideo_ar.options import PIXELS_PER_TOKEN, Options, Plan, resolve
+from cogvideo_ar.options import Options, Plan, resolve
 from cogvideo_ar.parts import FAMILY, Parts, dtype_name, save_parts
-from cogvideo_ar.super_resolution.direct import build_direct_sampler, check_texts, enlarge_videos
-from cogvideo_ar.vqvae import VQVAE
+from cogvideo_ar.stages import Job, VQVAECodec, make_codes
+from cogvideo_ar.super_resolution.direct import check_texts
+from cogvideo_ar.translation import is_chinese
 from shared.config_io import to_plain
-from shared.errors import OutputCheckError, SettingError
+from shared.errors import SettingError
 from shared.model_folder import weights_mark
 from shared.protocol import GenerationRequest, GenerationResult, StageStats
-from shared.runtime import StageTimer, check_finite, finite_outputs, generator, parse_device, parse_dtype
+from shared.runtime import StageTimer, parse_device, parse_dtype
 from shared.tokenizers.icetk import IceTokenizer
 from shared.video import Video
 
-CODEC_FRAMES = 16  # that pass the image codec together
 
+@dataclass(frozen=True, kw_only=True)
+class CogVideoResult(GenerationResult):
+    """A video, and what is worth knowing of how it was made."""
 
-class VQVAECodec:
-    """The image codec as a video codec: every frame alone; codes int64 [T, h, w]."""
-
-    name = "vqvae"
-
-    def __init__(self, model: VQVAE) -> None:
-        self.model = model
-
-    def encode(self, video: Video) -> Tensor:
-        """Codes int64 [T, h, w] on the CPU."""
-        pixels_TCHW = video.to_pixels().transpose(0, 1).to(self._device)  # [C, T, H, W] -> [T, C, H, W]
-        chunks = [self.model.encode(part, PIXELS_PER_TOKEN) for part in pixels_TCHW.split(CODEC_FRAMES)]
-        return torch.cat(chunks).cpu()
-
-    def decode(self, codes: Tensor, fps: float) -> Video:
-        """Codes [T, h, w] -> frames; OutputCheckError where they are not finite."""
-        parts = codes.to(self._device).split(CODEC_FRAMES)
-        chunks = [self.model.decode(part, PIXELS_PER_TOKEN) for part in parts]
-        pixels_TCHW = check_finite("decoded frames", torch.cat(chunks))
-        return Video.from_pixels(pixels_TCHW.transpose(0, 1), fps)  # [T, C, H, W] -> [C, T, H, W]
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.quantizer.codebook.device
+    warnings: tuple[str, ...] = ()
 
 
 class CogVideoPipeline:
-    """Text to video with CogVideo; also a `shared.protocol.VideoGenerator` whose settings are `options`.
+    """Text and images to video with CogVideo; also a `shared.protocol.VideoGenerator` whose settings are
+    `options`, and `given` frames and translation.
 
     Weights that are not `float32` run the transformers in that dtype; the image codec stays in float32.
     `on_progress` is called with the share of the work that is done, 0..1.
     """
 
     name = "cogvideo"
-    tasks = frozenset({"t2v"})
+    tasks = frozenset({"t2v", "i2v"})
 
-    def __init__(self, parts: Parts, *, options: Options | None = None, weights: str = "unsaved") -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        options: Options | None = None,
+        given: Given | None = None,
+        weights: str = "unsaved",
+    ) -> None:
         self.parts = parts
         self.weights = weights
+        self.given = given or Given()
         self.options = options or Options()
         self.plan = resolve(parts.config, self.options)
         self.codec = VQVAECodec(parts.vqvae)
@@ -114,19 +102,37 @@ class CogVideoPipeline:
         return self.parts.device
 
     def configured(
-        self, options: Options | None = None, sampling: SamplingConfig | None = None
+        self,
+        options: Options | None = None,
+        sampling: SamplingConfig | None = None,
+        *,
+        given: Given | None = None,
+        clusters: Tensor | None = None,
     ) -> CogVideoPipeline:
-        """The same weights with other settings: `options` before the present ones, `sampling` instead of the
-        model's."""
+        """The same weights with other settings: `options` before the present ones, `sampling`, `given` and
+        `clusters` (a label for every image token) instead of the model's."""
         config = replace(self.parts.config, sampling=sampling or self.parts.config.sampling)
+        parts = replace(self.parts, config=config)
+        if clusters is not None:
+            parts = replace(parts, cluster_labels=clusters)
         merged = self.options.merged(options or Options())
-        return CogVideoPipeline(replace(self.parts, config=config), options=merged, weights=self.weights)
+        return CogVideoPipeline(parts, options=merged, given=given or self.given, weights=self.weights)
+
+    def continuing(self, frames: Video, *, fit_size: FitSize | None = None) -> CogVideoPipeline:
+        """The same pipeline, whose every video begins with these frames, as the image codec keeps them. They
+        come at the rate of the key frames or of a round of interpolation, and end on a key frame."""
+        given = replace(self.given, frames=frames, fit_size=fit_size or self.given.fit_size)
+        return self.configured(given=given)
 
     def settings(self) -> dict[str, Any]:
         """Every effective setting, as JSON values."""
-        clusters = self.parts.cluster_labels is not None
+        labels = self.parts.cluster_labels
         return effective_settings(
-            self.plan, weights=self.weights, dtype=self.dtype, device=self.device, clusters=clusters
+            self.plan,
+            weights=self.weights,
+            dtype=self.dtype,
+            device=self.device,
+            clusters=None if labels is None else clusters_mark(labels),
         )
 
     def __call__(
@@ -134,7 +140,9 @@ class CogVideoPipeline:
         prompt: str,
         *,
         seed: int = 0,
+        image: Tensor | None = None,
         num_frames: int | None = None,
+        num_keyframes: int | None = None,
         fps: float | None = None,
         duration: float | None = None,
         rounds: int | None = None,
@@ -142,13 +150,16 @@ class CogVideoPipeline:
         top_k: int | None = None,
         coglm_temperature2: float | None = None,
         guidance_alpha: float | None = None,
+        super_resolution: str | None = None,
     ) -> Video:
-        """A video of `prompt`; None leaves a setting as it is (see `cogvideo_ar.options.Options`).
+        """A video of `prompt` that begins with `image` (uint8 [H, W, 3]) if there is one; None leaves a
+        setting as it is (see `cogvideo_ar.options.Options`).
 
         Raises SettingError for an illegal setting and OutputCheckError where the numbers are not finite.
         """
         options = Options(
             num_frames=num_frames,
+            num_keyframes=num_keyframes,
             fps=fps,
             duration=duration,
             rounds=rounds,
@@ -156,22 +167,19 @@ class CogVideoPipeline:
             top_k=top_k,
             coglm_temperature2=coglm_temperature2,
             guidance_alpha=guidance_alpha,
+            super_resolution=super_resolution,
         )
         plan = resolve(self.parts.config, self.options.merged(options))
-        return self._run([prompt], [seed], plan)[0].video
+        return self._generate([GenerationRequest(prompt=prompt, seed=seed, image=image)], plan)[0].video
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """One video with the pipeline's settings, and the cost of its stages."""
         return self.generate_batch([request])[0]
 
     def generate_batch(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Several videos at once, each as if it were made alone; all share the seconds equally, and each
-        names the peak of the whole batch."""
-        if not requests:
-            return []
-        if any(request.image is not None or request.video is not None for request in requests):
-            raise SettingError("CogVideo makes videos from text alone; legal tasks: t2v")
-        return self._run([r.prompt for r in requests], [r.seed for r in requests], self.plan)
+        """Several videos at once, each as if it were made alone; those that pass the stages together share
+        the seconds equally, and each names the peak of all."""
+        return self._generate(requests, self.plan)
 
     def diagnostics(self, videos: Sequence[Video], prompts: Sequence[str]) -> dict[str, list[float]]:
         """How well the key-frame stage predicts true clips (`cogvideo_ar.diagnostics.diagnose`)."""
@@ -179,102 +187,66 @@ class CogVideoPipeline:
 
     # ---- the stages
 
-    def _run(self, prompts: list[str], seeds: list[int], plan: Plan) -> list[GenerationResult]:
+    def _generate(self, requests: Sequence[GenerationRequest], plan: Plan) -> list[GenerationResult]:
+        """Requests that begin with equally many given key frames pass the stages together."""
+        prefixes = [prefix_of(self.parts.config, plan, request, self.given) for request in requests]
+        for note in plan.notes:
+            warnings.warn(note, stacklevel=3)
+        counts = [prefix.num_keys for prefix in prefixes]
+        results: dict[int, GenerationResult] = {}
+        for num_keys in sorted(set(counts)):
+            places = [place for place, count in enumerate(counts) if count == num_keys]
+            chosen = [requests[place] for place in places]
+            made = self._run(chosen, [prefixes[place] for place in places], plan)
+            results |= dict(zip(places, made, strict=True))
+        return [results[place] for place in range(len(requests))]
+
+    def _run(
+        self, requests: Sequence[GenerationRequest], prefixes: list[Prefix], plan: Plan
+    ) -> list[GenerationResult]:
         timer, parts = StageTimer(self.device), self.parts
         with timer.stage("text", unit="tokens") as stage:
+            prompts = [self._read(request.prompt) for request in requests]
             counts = check_prompts(prompts, parts.tokenizer, parts.config.keyframes, plan.sampling)
             if plan.fine_draw is not None:
                 self._check_fine_texts(prompts, plan)
             stage.units = sum(counts)
-        count = self._counter(len(prompts), plan)
-        codes_BMhw = self._tokens(prompts, seeds, plan, timer, count)
-        if plan.fine_draw is not None:
-            codes_BMhw = self._enlarged(prompts, seeds, plan, timer, count, codes_BMhw)
+        job = Job(
+            prompts=prompts,
+            seeds=[request.seed for request in requests],
+            prefixes=prefixes,
+            plan=plan,
+            timer=timer,
+            count=self._counter(len(prompts), plan, prefixes[0].num_keys),
+        )
+        codes_BMhw = make_codes(parts, self.codec, job)
         with timer.stage("decode", unit="frames", units=plan.num_frames * len(prompts)):
             videos = [self.codec.decode(codes, plan.fps) for codes in codes_BMhw]
         shares = {name: _share(stats, len(prompts)) for name, stats in timer.stages.items()}
         text = shares["text"]
+        said = [
+            (f"translated to: {prompt}",) if prompt != request.prompt else ()
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
         return [
-            GenerationResult(video=video, stages={**shares, "text": replace(text, units=count)})
-            for video, count in zip(videos, counts, strict=True)
+            CogVideoResult(video=video, stages={**shares, "text": replace(text, units=count)}, warnings=notes)
+            for video, count, notes in zip(videos, counts, said, strict=True)
         ]
 
-    def _tokens(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        plan: Plan,
-        timer: StageTimer,
-        count: Callable[[float], None],
-    ) -> Tensor:
-        """Codes of all frames int64 [B, M, h, w]."""
-        parts, config = self.parts, plan.sampling
-        samplers = _watched(build_samplers(config, parts.cluster_labels), count)
-        size, frame_len = len(prompts), parts.config.keyframes.frame_len
-        num_keys = parts.config.keyframes.num_frames
-
-        def streams(purpose: str) -> list[torch.Generator]:
-            return [generator(seed, 0, purpose) for seed in seeds]
-
-        def first() -> Tensor:
-            arguments = (parts.tokenizer, prompts, config, samplers, streams("first_frame"))
-            return generate_first_frames(parts.keyframes, *arguments)
-
-        with timer.stage("model/first_frame", unit="tokens", units=size * frame_len):
-            first_B1S = _located(parts.keyframes, first)
-
-        def keys() -> Tensor:
-            arguments = (parts.tokenizer, prompts, config, samplers, streams("keyframes"))
-            return generate_keyframes(parts.keyframes, *arguments, first_B1S)
-
-        with timer.stage("model/keyframes", unit="tokens", units=size * (num_keys - 1) * frame_len):
-            frames_BMS = _located(parts.keyframes, keys)
-
-        def between() -> Tensor:
-            arguments = (parts.tokenizer, prompts, config, samplers, streams("interpolation"))
-            return interpolate(parts.interpolation, *arguments, frames_BMS)
-
-        if config.interpolation_durations:
-            units = size * (plan.num_frames - num_keys) * frame_len
-            with timer.stage("model/interpolation", unit="tokens", units=units):
-                frames_BMS = _located(parts.interpolation, between)
-        return frames_BMS.unflatten(2, parts.config.keyframes.grid)
-
-    def _enlarged(
-        self,
-        prompts: list[str],
-        seeds: list[int],
-        plan: Plan,
-        timer: StageTimer,
-        count: Callable[[float], None],
-        codes_BMhw: Tensor,
-    ) -> Tensor:
-        """Codes of the fine grid int64 [B, M, h, w]."""
-        parts, model = self.parts, self.parts.super_resolution
-        assert model is not None
-        share = model.config.coarse_len / model.config.fine_len  # a large frame counts as much as a small one
-        sampler = _Watched(
-            build_direct_sampler(model.config, parts.cluster_labels), lambda tokens: count(tokens * share)
-        )
-
-        def enlarge() -> Tensor:
-            streams = [generator(seed, 0, "super_resolution") for seed in seeds]
-            arguments = (parts.tokenizer, prompts, plan.sampling, sampler, streams)
-            return enlarge_videos(model, *arguments, codes_BMhw.flatten(2))
-
-        units = len(prompts) * plan.num_frames * model.config.fine_len
-        with timer.stage("model/super_resolution", unit="tokens", units=units):
-            return _located(model, enlarge).unflatten(2, model.config.fine_grid)
+    def _read(self, prompt: str) -> str:
+        """The prompt in the model's language."""
+        return prompt if self.given.translate is None else self.given.translate(prompt)
 
     def _check_fine_texts(self, prompts: list[str], plan: Plan) -> None:
         model, template = self.parts.super_resolution, plan.sampling.prompts.super_resolution
         assert model is not None
         check_texts(model.config, [prompt_tokens(template, self.parts.tokenizer, prompt=p) for p in prompts])
 
-    def _counter(self, size: int, plan: Plan) -> Callable[[float], None]:
-        """Reports the share of tokens that are drawn."""
-        passes = 1 if plan.fine_draw is None else 2
-        total, drawn = size * plan.num_frames * self.parts.config.keyframes.frame_len * passes, 0.0
+    def _counter(self, size: int, plan: Plan, num_given: int) -> Callable[[float], None]:
+        """Reports the share of tokens that are drawn, or that pass a sampler without need."""
+        passes = 1 + (plan.fine_draw is not None) + bool(plan.refinement)
+        frames = plan.num_frames * passes - num_given
+        total, drawn = size * frames * self.parts.config.keyframes.frame_len, 0.0
 
         def count(tokens: float) -> None:
             nonlocal drawn
@@ -283,33 +255,6 @@ class CogVideoPipeline:
                 self.on_progress(min(round(drawn / total, 6), 1.0))
 
         return count
-
-
-class _Watched:
-    """A sampler that refuses logits which are not finite, and counts."""
-
-    def __init__(self, sampler: TokenSampler, count: Callable[[float], None]) -> None:
-        self.sampler, self.count = sampler, count
-
-    def sample(self, logits_BV: Tensor, randomness: Tensor) -> Tensor:
-        self.count(len(logits_BV))
-        return self.sampler.sample(check_finite("image logits", logits_BV), randomness)
-
-
-def _watched(samplers: StageSamplers, count: Callable[[float], None]) -> StageSamplers:
-    return StageSamplers(
-        first_frame=_Watched(samplers.first_frame, count), default=_Watched(samplers.default, count)
-    )
-
-
-def _located(model: nn.Module, stage: Callable[[], Tensor]) -> Tensor:
-    """The stage's result; if its numbers are not finite, it runs again to name the first bad module."""
-    try:
-        return stage()
-    except OutputCheckError:
-        with finite_outputs(model):
-            stage()
-        raise
 
 
 def _share(stats: StageStats, size: int) -> StageStats:
@@ -346,23 +291,31 @@ def check_prompts(
             )
         if tokenizer["<unk>"] in tokens:
             warnings.warn("the prompt has characters that the vocabulary does not know", stacklevel=2)
+        if templates.language == "zh" and not is_chinese(prompt):
+            warnings.warn(
+                "the prompt is not Chinese, which the model was trained with; a translation (--translation) "
+                "gives better videos",
+                stacklevel=2,
+            )
     return counts
 
 
 def effective_settings(
-    plan: Plan, *, weights: str, dtype: torch.dtype, device: torch.device, clusters: bool
+    plan: Plan, *, weights: str, dtype: torch.dtype, device: torch.device, clusters: str | None
 ) -> dict[str, Any]:
     """What `CogVideoPipeline.settings` says, without a pipeline."""
     return {
         "family": FAMILY,
         "weights": weights,
         "num_frames": plan.num_frames,
+        "num_keyframes": plan.num_keyframes,
         "height": plan.height,
         "width": plan.width,
         "fps": plan.fps,
         "sampling": to_plain(plan.sampling),
         "token_clusters": clusters,
         "super_resolution": to_plain(plan.fine_draw),
+        "refinement": list(plan.refinement),
         "dtype": dtype_name(dtype),
         "device": str(device),
     }

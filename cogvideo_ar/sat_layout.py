@@ -4,6 +4,7 @@
 |---|---|---|
 | stages 1 and 2 | `*/latest` or `*/*/latest` | mixing vectors among its tensors |
 | direct super-resolution, optional | the same | a second set of projections, no mixing vectors |
+| iterative super-resolution, optional | the same | extra positions without any of these |
 | image codec, text model | `ice_image.pt`, `ice_text.model` | the file name, here or one folder below |
 | clusters of image tokens, optional | `cluster_label2.npy` | the same |
 
@@ -24,11 +25,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideo_ar.checkpoints import ICETK_VQVAE, SAT_DSR, SAT_STAGE
+from cogvideo_ar.checkpoints import ICETK_VQVAE, SAT_DSR, SAT_ITERSR, SAT_STAGE
+from cogvideo_ar.clusters import read_clusters
 from cogvideo_ar.config import (
     CogVideoConfig,
     SuperResolutionConfig,
@@ -36,12 +37,13 @@ from cogvideo_ar.config import (
     VQVAEConfig,
     cogvideo,
     cogview2_dsr,
+    cogview2_itersr,
 )
 from cogvideo_ar.parts import Parts, build, load_tokenizer
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
-from shared.checkpoints import convert, load_tensors
+from shared.checkpoints import Table, convert, load_tensors
 from shared.errors import SettingError, WeightsError
 
 Tensors = Mapping[str, Tensor]
@@ -108,7 +110,8 @@ class SatFolder:
             keyframes=keyframes,
             interpolation=replace(interpolation, temporal="window", window=window),
             vqvae=vqvae,
-            super_resolution=self._fine and fine_config(load_tensors(self._fine), _facts(self._fine), ids),
+            super_resolution=self._fine_config("direct", ids),
+            refinement=self._fine_config("iterative", ids) if self._fine("direct") else None,
             sampling=released.sampling,
         )
 
@@ -139,8 +142,18 @@ class SatFolder:
         return load_tensors(self.stages[0])["transformer.word_embeddings.weight"].dtype
 
     @property
-    def has_clusters(self) -> bool:
-        return self._find(CLUSTERS) is not None
+    def clusters(self) -> Path | None:
+        """The table of token clusters, if there is one."""
+        return self._find(CLUSTERS)
+
+    @property
+    def clusters_target(self) -> Path:
+        """Where a table of token clusters belongs."""
+        return self.path / CLUSTERS
+
+    def codebook(self) -> Tensor:
+        """The image codec's codes [V, D], float32."""
+        return load_tensors(self.file(CODEC))["quantize.embed.weight"].float()
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Parts:
         """The model: transformers in `dtype`, the codec in float32. What the stages share is kept once."""
@@ -155,9 +168,11 @@ class SatFolder:
         own = _moved({name: x for name, x in own.items() if name not in inherited}, dtype, device)
         codec = convert(load_tensors(self.file(CODEC)), ICETK_VQVAE)
         text_model = self.file(TEXT_MODEL)
-        if not self.has_clusters:
+        if self.clusters is None:
             warnings.warn(
-                f"{self.path} has no {CLUSTERS}: top_k counts single tokens, not clusters", stacklevel=2
+                f"{self.path} has no {CLUSTERS}: top_k counts single tokens, not clusters "
+                "(the verb `clusters` makes a table)",
+                stacklevel=2,
             )
         return Parts(
             config=config,
@@ -167,7 +182,8 @@ class SatFolder:
             tokenizer=load_tokenizer(text_model, config.keyframes.num_image_tokens),
             text_model=text_model.read_bytes(),
             cluster_labels=self._clusters(config.keyframes.num_image_tokens),
-            super_resolution=self._load_fine(config.super_resolution, dtype, device),
+            super_resolution=self._load_fine(config.super_resolution, SAT_DSR, dtype, device),
+            refinement=self._load_fine(config.refinement, SAT_ITERSR, dtype, device),
         )
 
     def file(self, name: str) -> Path:
@@ -191,31 +207,26 @@ class SatFolder:
 
     def _clusters(self, size: int) -> Tensor | None:
         path = self._find(CLUSTERS)
-        if path is None:
-            return None
-        try:
-            labels = torch.from_numpy(np.load(path, allow_pickle=False)).long()
-        except (OSError, ValueError, TypeError) as error:
-            raise WeightsError(f"{path} is not an array of integers: {error}") from error
-        if labels.shape != (size,):
-            raise WeightsError(
-                f"{path} has the shape {list(labels.shape)}, needed is one label for {size} tokens"
-            )
-        return labels
+        return None if path is None else read_clusters(path, size)
 
-    @cached_property
-    def _fine(self) -> Path | None:
-        found = self._kinds.get("direct", [])
+    def _fine(self, kind: str) -> Path | None:
+        """The checkpoint of super-resolution of this kind."""
+        found = self._kinds.get(kind, [])
         if len(found) > 1:
             raise WeightsError(f"{self.path} has several super-resolution checkpoints: {found}; leave one")
         return found[0] if found else None
 
+    def _fine_config(self, kind: str, ids: Mapping[str, int]) -> SuperResolutionConfig | None:
+        folder = self._fine(kind)
+        return None if folder is None else fine_config(load_tensors(folder), _facts(folder), ids)
+
     def _load_fine(
-        self, config: SuperResolutionConfig | None, dtype: torch.dtype, device: torch.device
+        self, config: SuperResolutionConfig | None, table: Table, dtype: torch.dtype, device: torch.device
     ) -> SuperResolutionTransformer | None:
-        if self._fine is None or config is None:
+        folder = None if config is None else self._fine(config.kind)
+        if folder is None:
             return None
-        tensors = convert(load_tensors(self._fine), SAT_DSR)
+        tensors = convert(load_tensors(folder), table)
         return build(SuperResolutionTransformer, config, _moved(tensors, dtype, device))
 
 
@@ -223,7 +234,7 @@ class SatFolder:
 
 
 def checkpoint_kind(tensors: Tensors) -> str:
-    """ "stage", "direct" (super-resolution), "iterative" (CogVideo does not use it) or "other"."""
+    """ "stage", "direct" or "iterative" (super-resolution), or "other"."""
     if _MIXING in tensors:
         return "stage"
     if _SECOND in tensors and _EXTRA in tensors:
@@ -248,10 +259,10 @@ def stage_config(tensors: Tensors, facts: Mapping[str, Any], ids: Mapping[str, i
 
 
 def fine_config(tensors: Tensors, facts: Mapping[str, Any], ids: Mapping[str, int]) -> SuperResolutionConfig:
-    """Direct super-resolution. Text length, coarse grid and kernels are the release's whatever the file says,
-    as in the released code."""
+    """Super-resolution of either kind. Text length, coarse grid and kernels are the release's whatever the
+    file says, as in the released code."""
     return replace(
-        cogview2_dsr(),
+        cogview2_dsr() if checkpoint_kind(tensors) == "direct" else cogview2_itersr(),
         **_trunk(tensors, facts),
         **ids,
         fine_grid=_square(len(tensors[_EXTRA])),

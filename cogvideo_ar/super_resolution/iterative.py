@@ -132,6 +132,12 @@ def build_pass_samplers(config: SuperResolutionConfig) -> list[TopKSampler]:
     return [TopKSampler(top_k) for top_k in config.pass_top_k]
 
 
+def refined_cells(config: SuperResolutionConfig) -> list[int]:
+    """How many cells of a frame every pass predicts anew."""
+    levels_S = cell_levels(config.fine_grid)
+    return [int((levels_S > number).sum()) for number in range(len(config.pass_top_k))]
+
+
 def refine_videos(
     model: SuperResolutionTransformer,
     tokenizer: PromptTokenizer,

@@ -193,11 +193,12 @@ def test_durations_of_the_demo_and_the_release():
 
 
 WISHES = [
-    (Options(num_frames=10), r"num_frames 10 .* legal: 5, 9, 17 .*nearest: 9"),
-    (Options(num_frames=33), "nearest: 17"),
-    (Options(num_frames=17, duration=1.0), "legal: 5, 9 "),
+    (Options(num_frames=10), r"num_frames 10 .* legal: 5, 9, 17, 33, .*nearest: 9"),
     (Options(num_frames=17, rounds=1), "1 rounds make 9 frames, not 17"),
-    (Options(rounds=3), "rounds 3 .* nearest: 2"),
+    (Options(rounds=99), "rounds 99 .* nearest: 8"),
+    (Options(num_keyframes=6), r"num_keyframes 6 .* legal: 2, 3, 4, 5 .*nearest: 5"),
+    (Options(num_keyframes=4, rounds=1), "4 key frames cannot be interpolated; legal: 3, 5 key frames"),
+    (Options(super_resolution="dircet"), "super_resolution dircet .* legal: none .*nearest: none"),
     (Options(duration=4.0), r"duration 4.0 .* legal: 2.0, 1.0, 0.5; nearest: 2.0"),
     (Options(height=480), "height 480 .* legal: 64"),
     (Options(width=0), "width 0 .* legal: 64"),
@@ -214,6 +215,59 @@ WISHES = [
 def test_illegal_wishes_need_no_weights(wish: Options, reason: str):
     with pytest.raises(SettingError, match=reason):
         resolve(cogvideo_demo(), wish)
+
+
+def test_rounds_beyond_the_known_ones_repeat_the_finest():
+    """Durations are halved as far as the model knows them; the plan says what is new to it."""
+    demo = cogvideo_demo()
+    for wish, durations in (
+        (Options(rounds=3), (1.0, 0.5, 0.5)),
+        (Options(num_frames=33), (1.0, 0.5, 0.5)),
+        (Options(num_frames=17, duration=1.0), (0.5, 0.5)),
+        (Options(rounds=2, duration=0.5), (0.5, 0.5)),
+    ):
+        plan = resolve(demo, wish)
+        assert plan.sampling.interpolation_durations == durations
+        assert len(plan.notes) == 1 and "repeats the frame-rate token of 0.5 s" in plan.notes[0]
+    assert (resolve(demo, Options(rounds=3)).num_frames, resolve(demo, Options(rounds=3)).fps) == (33, 16.0)
+    assert resolve(demo, Options(rounds=2)).notes == () == resolve(demo, Options()).notes
+    assert resolve(cogvideo(), Options(rounds=4)).sampling.interpolation_durations == (2.0, 1.0, 0.5, 0.5)
+
+
+def test_other_counts_of_key_frames_keep_their_rate():
+    demo = cogvideo_demo()
+    plans = [resolve(demo, Options(num_keyframes=count)) for count in (2, 3, 4, 5)]
+    assert [(p.num_frames, p.num_rounds, p.fps) for p in plans] == [
+        (2, 0, 2.0),
+        (9, 2, 8.0),
+        (4, 0, 2.0),
+        (17, 2, 8.0),
+    ]
+    longer = resolve(cogvideo(), Options(num_keyframes=6, rounds=0))
+    assert longer.num_frames == 6 and "trained with 5" in longer.notes[0]
+
+
+def test_three_rounds_and_three_key_frames(pipeline: CogVideoPipeline):
+    with pytest.warns(UserWarning, match="each further one of the 3 repeats"):
+        long = pipeline(PROMPT, seed=3, rounds=3)
+    assert (long.num_frames, long.fps) == (33, 16.0)
+    assert same_pictures(long.frames[::2], pipeline(PROMPT, seed=3).frames)
+    short = pipeline(PROMPT, seed=3, num_keyframes=3)
+    assert (short.num_frames, short.fps) == (9, 8.0)
+    assert same_pictures(short.frames[:1], long.frames[:1])
+
+
+def test_guidance_is_one_forward_per_token(pipeline: CogVideoPipeline, monkeypatch: pytest.MonkeyPatch):
+    """Conditional and guider rows pass every step together: twice the rows, as many steps."""
+    rows: list[int] = []
+    model = pipeline.parts.keyframes
+    step = model.step
+    monkeypatch.setattr(model, "step", lambda x, *rest: (rows.append(len(x)), step(x, *rest))[1])
+    for alpha, factor in ((1.0, 1), (2.0, 2)):
+        rows.clear()
+        requests = [GenerationRequest(prompt=PROMPT, seed=seed) for seed in range(3)]
+        pipeline.configured(Options(guidance_alpha=alpha, rounds=0)).generate_batch(requests)
+        assert rows == [3] * 8 + [3 * factor] * 4 * 8
 
 
 def test_settings_are_the_effective_ones(pipeline: CogVideoPipeline):
@@ -246,8 +300,6 @@ def test_prompts_that_cannot_be_used(pipeline: CogVideoPipeline):
         pipeline("  ")
     with pytest.raises(SettingError, match=r"the prompt has \d+ tokens with its template, at most 40 fit"):
         pipeline("a red circle moving left " * 20)
-    with pytest.raises(SettingError, match="text alone"):
-        pipeline.generate(GenerationRequest(prompt=PROMPT, image=torch.zeros(8, 8, 3, dtype=torch.uint8)))
 
 
 def test_prompts_that_the_model_was_not_trained_for(parts: Parts):
@@ -256,6 +308,11 @@ def test_prompts_that_the_model_was_not_trained_for(parts: Parts):
         check_prompts(["a red circle moving left a red circle"], *check)
     with pytest.warns(UserWarning, match="does not know"):
         check_prompts(["a red Ж"], *check)
+    sampling = parts.config.sampling
+    chinese = replace(sampling, prompts=replace(sampling.prompts, language="zh"))
+    with pytest.warns(UserWarning, match="is not Chinese"):
+        check_prompts(["a red circle"], parts.tokenizer, parts.config.keyframes, chinese)
+    assert cogvideo().sampling.prompts.language == "zh"
 
 
 def test_numbers_that_are_not_finite_name_their_module(tmp_path: Path):

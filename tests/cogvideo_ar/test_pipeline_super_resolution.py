@@ -14,6 +14,7 @@ from cogvideo_ar.options import Options
 from cogvideo_ar.parts import Parts
 from cogvideo_ar.pipeline import CogVideoPipeline
 from cogvideo_ar.super_resolution.direct import build_direct_sampler, enlarge_videos
+from cogvideo_ar.super_resolution.iterative import build_pass_samplers, cell_levels, refine_videos
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.vqvae import VQVAE
 from shared.errors import OutputCheckError, SettingError, WeightsError
@@ -50,6 +51,17 @@ def with_super_resolution(parts: Parts, **changes: Any) -> Parts:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return replace(parts, config=replace(parts.config, super_resolution=config), super_resolution=model)
+
+
+def with_refinement(parts: Parts, **changes: Any) -> Parts:
+    """The same, and an iterative model on the fine grid."""
+    assert parts.config.super_resolution is not None
+    config = replace(parts.config.super_resolution, kind="iterative", text_len=4, pass_top_k=(4, 3, 2))
+    config = replace(config, **changes)
+    model = SuperResolutionTransformer(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return replace(parts, config=replace(parts.config, refinement=config), refinement=model)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +173,68 @@ def test_numbers_that_are_not_finite_name_their_module(small: Parts):
         CogVideoPipeline(parts)(PROMPT, num_frames=5)
 
 
+def test_refinement_is_asked_for_and_redraws_the_higher_levels(
+    small: Parts, pipeline: CogVideoPipeline, tmp_path: Path
+):
+    """The codec gets what `refine_videos` makes of the tokens of super-resolution; cells of level 0 and below
+    stay; the default leaves refinement out, as released."""
+    torch.manual_seed(2)
+    codec = Kept(small.config.vqvae).eval()
+    codec.load_state_dict(small.vqvae.state_dict())
+    parts = with_refinement(replace(pipeline.parts, vqvae=codec))
+    refined = CogVideoPipeline(parts, options=Options(num_frames=9))
+    plain = refined(PROMPT, seed=3)
+    before = codec.seen
+    assert torch.equal(plain.frames, pipeline(PROMPT, seed=3).frames)
+    request = GenerationRequest(prompt=PROMPT, seed=3)
+    seen: list[float] = []
+    asked = refined.configured(Options(super_resolution="direct+iterative"))
+    asked.on_progress = seen.append
+    result = asked.generate(request)
+    model = parts.refinement
+    assert model is not None
+    expected = refine_videos(
+        model,
+        small.tokenizer,
+        [PROMPT],
+        small.config.sampling,
+        build_pass_samplers(model.config),
+        [generator(3, 0, "refinement")],
+        before.flatten(1)[None],
+    )
+    assert torch.equal(codec.seen.flatten(1), expected[0])
+    levels = cell_levels(FINE)
+    kept = codec.seen.flatten(1) == before.flatten(1)
+    assert bool(kept[:, levels <= 0].all()) and not bool(kept[:, levels > 0].all())
+    cells = sum(int((levels > number).sum()) for number in range(3))
+    assert result.stages["model/refinement"].units == 9 * cells
+    assert seen == sorted(seen) and seen[-1] == 1.0
+    assert asked.settings()["refinement"] == [4, 3, 2] and refined.settings()["refinement"] == []
+    folder = refined.save_pretrained(tmp_path / "model")
+    loaded = CogVideoPipeline.from_pretrained(folder, device="cpu").configured(asked.options)
+    assert torch.equal(loaded.generate(request).video.frames, result.video.frames)
+
+
+def test_ways_to_enlarge_are_those_of_the_parts(small: Parts, pipeline: CogVideoPipeline):
+    without = pipeline.configured(Options(super_resolution="none"))
+    assert (without.plan.height, without.plan.fine_draw) == (16, None)
+    direct = pipeline.configured(Options(super_resolution="direct"))
+    assert direct.plan == pipeline.plan
+    for parts, wish, legal in (
+        (small, "direct", "legal: none "),
+        (pipeline.parts, "iterative", "legal: none, direct "),
+        (
+            with_refinement(pipeline.parts),
+            "iterative",
+            r"legal: none, direct, direct\+iterative .* nearest: ",
+        ),
+    ):
+        with pytest.raises(SettingError, match=legal):
+            CogVideoPipeline(parts, options=Options(super_resolution=wish))
+    with pytest.raises(SettingError, match=r"height 16 .* legal: 48"):
+        pipeline.configured(Options(super_resolution="direct", height=16))
+
+
 def test_parts_that_do_not_belong_together_are_refused(small: Parts):
     with pytest.raises(WeightsError, match=r"coarse_grid \(1, 4\), the key frames \(2, 4\)"):
         with_super_resolution(small, coarse_grid=(1, 4))
@@ -168,5 +242,9 @@ def test_parts_that_do_not_belong_together_are_refused(small: Parts):
         with_super_resolution(small, start_of_image=small.config.keyframes.start_of_image + 1)
     with pytest.raises(WeightsError, match="must be 'direct', got 'iterative'"):
         with_super_resolution(small, kind="iterative")
+    with pytest.raises(WeightsError, match=r"refinement has the fine_grid \(12, 8\), super-resolution"):
+        with_refinement(with_super_resolution(small), fine_grid=(12, 8))
+    with pytest.raises(WeightsError, match="refinement must be 'iterative', got 'direct'"):
+        with_refinement(with_super_resolution(small), kind="direct")
     with pytest.raises(WeightsError, match="in both the config and the weights"):
         replace(small, config=replace(small.config, super_resolution=cogview2_itersr()))

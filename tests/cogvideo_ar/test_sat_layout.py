@@ -19,6 +19,7 @@ from cogvideo_ar.config import VQVAEConfig, cogvideo, cogview2_dsr
 from cogvideo_ar.formats import convert_folder, open_folder
 from cogvideo_ar.generation import GreedySampler, StageSamplers
 from cogvideo_ar.keyframes import generate_first_frames
+from cogvideo_ar.options import Options
 from cogvideo_ar.parts import load_parts
 from cogvideo_ar.pipeline import CogVideoPipeline
 from cogvideo_ar.sat_layout import SatFolder, checkpoint_kind, codec_config, fine_config, stage_config
@@ -97,7 +98,7 @@ def test_the_converted_folder_is_the_released_one(released: Path, converted: Pat
     """Same settings, same numbers, what the stages share only once; and nothing is rounded on the way."""
     folder, own = open_folder(released), open_folder(converted)
     assert folder.config == own.config and folder.dtype == own.dtype == torch.float16
-    assert folder.has_clusters and own.has_clusters
+    assert folder.clusters is not None and own.clusters is not None
     read, again = (f.load(torch.float16, CPU) for f in (folder, own))
     for net in ("keyframes", "interpolation", "vqvae"):
         states: list[dict[str, Tensor]] = [getattr(parts, net).state_dict() for parts in (read, again)]
@@ -236,27 +237,38 @@ def test_no_clusters_is_said(released: Path, tmp_path: Path):
 
 
 def test_super_resolution_is_a_part(released: Path, tmp_path: Path):
-    """The direct checkpoint is read and converted, the iterative one is left alone. The recorded vocabulary
-    is smaller than that of the stages, so the table is enlarged."""
+    """The direct checkpoint and the iterative one are read and converted. The recorded vocabulary is smaller
+    than that of the stages, so the tables are enlarged."""
     folder = shutil.copytree(released, tmp_path / "a")
     for name in ("cogview2-dsr", "cogview2-itersr"):
         shutil.copytree(case_folder("cogview2_sr") / name, folder / name)
-    file = next((folder / "cogview2-dsr").glob("*/*.pt"))
-    tensors = {name: x.clone() for name, x in load_tensors(file).items()}
-    table = tensors["transformer.word_embeddings.weight"]
-    tensors["transformer.word_embeddings.weight"] = table.repeat(NUM_IMAGE_TOKENS // len(table) + 1, 1)
-    torch.save({"module": tensors}, file)
+    tensors, refining = (_with_larger_table(folder / name) for name in ("cogview2-dsr", "cogview2-itersr"))
     target = convert_folder(folder, tmp_path / "b")
     config = open_folder(target).config.super_resolution
     assert config is not None and config.fine_grid == cogview2_dsr().fine_grid
     assert (config.text_len, config.start_of_image) == (96, START)
     pipeline = CogVideoPipeline.from_pretrained(target, device="cpu")
     assert (pipeline.plan.height, pipeline.plan.width) == (480, 480)
-    from cogvideo_ar.checkpoints import SAT_DSR
+    from cogvideo_ar.checkpoints import SAT_DSR, SAT_ITERSR
 
     expected, model = convert(tensors, SAT_DSR), pipeline.parts.super_resolution
     assert model is not None
     assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
+    expected, model = convert(refining, SAT_ITERSR), pipeline.parts.refinement
+    assert model is not None and model.config.kind == "iterative" and model.config.text_len == 16
+    assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
+    assert pipeline.plan.refinement == () and pipeline.configured(
+        Options(super_resolution="direct+iterative")
+    ).plan.refinement == (40, 40, 40, 20, 20, 10)
+
+
+def _with_larger_table(checkpoint: Path) -> dict[str, Tensor]:
+    file = next(checkpoint.glob("*/*.pt"))
+    tensors = {name: x.clone() for name, x in load_tensors(file).items()}
+    table = tensors["transformer.word_embeddings.weight"]
+    tensors["transformer.word_embeddings.weight"] = table.repeat(NUM_IMAGE_TOKENS // len(table) + 1, 1)
+    torch.save({"module": tensors}, file)
+    return tensors
 
 
 # ---- sizes of the release

@@ -19,10 +19,10 @@ SYMBOLS = ("<n>", "秒", "0.5", "1.0", "2.0")
 SENTENCES = ["a red circle moving left", "a blue square standing still", "2.0秒 1.0秒 0.5秒"] * 4
 
 
-def tiny_parts(folder: Path, seed: int = 0) -> Parts:
-    """Random parts; the text model is written into `folder`."""
+def tiny_parts(folder: Path, seed: int = 0, sentences: list[str] = SENTENCES) -> Parts:
+    """Random parts; the text model is made of `sentences` and written into `folder`."""
     path = train_text_model(
-        SENTENCES,
+        sentences,
         folder / "text.model",
         vocab_size=48,
         user_defined_symbols=SYMBOLS,
