@@ -99,10 +99,12 @@ def started_strategy(
     launch = Launch.from_torchrun(environment)
     on_gpu = device is not None and device.type == "cuda"
     with started(launch, "nccl" if on_gpu else "gloo") as world:
+        control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert not isinstance(control, int)  # that would say: not a member
         yield Strategy(
             parallel=parallel,
             world=world,
-            control=dist.new_group(backend="gloo", timeout=PATIENCE),
+            control=control,
             device=torch.device("cuda", launch.local_rank) if on_gpu else device,
             activation_checkpointing=activation_checkpointing,
         )

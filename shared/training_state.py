@@ -26,6 +26,7 @@ from shared.training_parallel import Strategy, like, local
 
 FILE = "state.pt"
 FOLDER = re.compile(r"state-(\d+)")
+_COUNTERS = ("step", "updates")
 
 
 class EMA:
@@ -154,14 +155,19 @@ class TrainState:
     # ---- shards
 
     def _load_shards(self, path: Path) -> None:
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        sizes = {key: entry.size for key, entry in saved.items() if key not in self._counters(0)}
-        targets, counters = self._targets(sizes), self._counters(0)
+        saved: Any = FileSystemReader(path).read_metadata().state_dict_metadata
+        counters = self._counters(0)
+        targets = self._targets({key: entry.size for key, entry in saved.items() if key not in _COUNTERS})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
-            dcp.load(targets | counters, checkpoint_id=path, no_dist=True)  # each reads what it needs
+            try:
+                load(targets | counters, checkpoint_id=path, no_dist=True)  # each reads what it needs
+            except CheckpointException as error:
+                raise RuntimeError(f"unreadable: {next(iter(error.failures.values()))[0]}") from error
         if self.ema and "updates" in counters:
             self.ema.updates = int(counters["updates"])
 
@@ -205,7 +211,9 @@ class TrainState:
         return targets
 
 
-_UNREADABLE = (RuntimeError, KeyError, ValueError, TypeError, EOFError, IndexError, pickle.UnpicklingError)
+_UNREADABLE = (
+    RuntimeError, KeyError, ValueError, TypeError, EOFError, IndexError, OSError, pickle.UnpicklingError
+)  # fmt: skip
 
 
 def newest(folder: Path) -> tuple[Path | None, int]:
@@ -230,14 +238,14 @@ def _misfit(path: Path, error: Exception) -> WeightsError:
 
 
 def _save_shards(folder: Path, step: int, flat: dict[str, Tensor], strategy: Strategy) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     aside, final = folder / f"state-{step}.part", folder / f"state-{step}"
     if strategy.is_main:
         shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
         shutil.rmtree(final, ignore_errors=True)
     strategy.wait()
-    dcp.save(flat, checkpoint_id=aside, process_group=strategy.control)
+    save(flat, checkpoint_id=aside, process_group=strategy.control)
     if strategy.is_main:
         aside.rename(final)
     strategy.wait()

@@ -20,6 +20,7 @@ from cogvideox_diff import conditioning, lora
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.training.objective import diffusion_loss
+from cogvideox_diff.training.timesteps import Share
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE, scale_image_latents
 from shared.errors import SettingError
@@ -114,9 +115,10 @@ def objective(
     settings: FinetuneConfig,
     *,
     seed: int,
+    accumulation: int = 1,
 ) -> Callable[[int], tuple[Tensor, Logs]]:
     """What `shared.training.train` minimises: the mean loss of `batch` clips, one timestep from each of as
-    many equal intervals (paper section 3.2, Explicit Uniform Sampling)."""
+    many equal parts of the micro-batch's own interval (paper section 3.2, Explicit Uniform Sampling)."""
     schedule = NoiseSchedule.from_config(config.schedule)
     if settings.task == "i2v" and samples.first_frames is None:
         raise SettingError("image to video needs the clips' first frames")
@@ -129,18 +131,19 @@ def objective(
         text = samples.features[samples.caption[picks]]
         dropped = torch.from_numpy(rng.random(size) < settings.text_dropout)
         text = torch.where(dropped[:, None, None], samples.unconditional, text)
-        steps = (np.arange(size) + rng.random(size)) / size * schedule.num_timesteps
-        timesteps = torch.from_numpy(rng.permutation(steps.astype(np.int64)))
+        steps = Share.of(step, accumulation).spread(size, rng, schedule.num_timesteps)
+        timesteps = torch.from_numpy(rng.permutation(steps))
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
+        device = next(model.parameters()).device
         image = None
         if settings.task == "i2v":
-            image = _noised_images(vae, samples, picks, x0.shape[1], settings, rng)
+            image = _noised_images(vae, samples, picks, x0.shape[1], settings, rng).to(device)
         ofs = config.sampling.ofs if config.transformer.ofs_embed_dim else None
         each = diffusion_loss(
-            model, schedule, x0, text, timesteps, noise, image_latents_BTCHW=image,
-            ofs=None if ofs is None else torch.full((size,), float(ofs)),
+            model, schedule, *(x.to(device) for x in (x0, text, timesteps, noise)), image_latents_BTCHW=image,
+            ofs=None if ofs is None else torch.full((size,), float(ofs), device=device),
         )  # fmt: skip
-        return each.mean(), {}
+        return each.mean(), {"samples": size}
 
     return loss
 

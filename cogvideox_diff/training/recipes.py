@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -202,7 +202,7 @@ class Run:
 
         # its blocks are not functions of their arguments: a clip's context remembers its last piece
         plain = replace(self, strategy=replace(self.strategy, activation_checkpointing="none"))
-        plain._train(model, loss, settings, "vae", phases=str(phases))
+        plain._train(model, loss, settings, "vae", {"phases": str(phases)})
 
     def vae(self) -> CausalVAE:
         model = CausalVAE(self.recipe.config.vae)
@@ -252,8 +252,8 @@ class Run:
             video, image = loss_of(clips, recipe.clip_batch, rng), loss_of(stills, recipe.still_batch, rng)
             return video + 0.5 * image, {"video": float(video.detach()), "image": float(image.detach())}
 
-        batches = {"clips": recipe.clip_batch, "stills": recipe.still_batch}
-        self._train(model, loss, settings, "transformer", **batches, scale=scale)
+        said = {"clips": recipe.clip_batch, "stills": recipe.still_batch, "scale": scale}
+        self._train(model, loss, settings, "transformer", said)
 
     def train_image_to_video(self) -> None:
         """Starts from the trained transformer; see `finetune.trainable`."""
@@ -266,9 +266,10 @@ class Run:
         vae = self.vae()
         vae.config = scale
         train_config = recipe.image_to_video_train
-        loss = objective(model, vae, samples, config, settings, seed=train_config.seed)
+        loss = objective(model, vae, samples, config, settings, seed=train_config.seed,
+                         accumulation=train_config.accumulation)  # fmt: skip
         said = {"settings": str(settings), "scale": scale.scaling_factor}
-        self._train(model, loss, train_config, "image_to_video", **said)
+        self._train(model, loss, train_config, "image_to_video", said)
 
     @torch.no_grad()
     def _samples(self, text_encoder: T5TextEncoder, clips: LatentClips) -> Samples:
@@ -300,7 +301,7 @@ class Run:
         return model.eval()
 
     def _train(
-        self, model: nn.Module, loss: Objective, settings: TrainConfig, name: str, **said: object
+        self, model: nn.Module, loss: Objective, settings: TrainConfig, name: str, said: dict[str, Any]
     ) -> None:
         """`said`: what else than the settings identifies the run."""
         folder, recipe = self.folder / name, recipe_of(settings, **said)

@@ -312,6 +312,15 @@ def test_a_state_of_another_model_is_named(runs: Any, tmp_path: Path) -> None:
         learnt("diff", folder, Strategy())
 
 
+@pytest.mark.parametrize("damage", ["shard", "index"])
+def test_a_damaged_state_is_named(damage: str, runs: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs[0] / "fsdp stopped", tmp_path / "run")
+    path = next((folder / "state-2").glob("*.distcp" if damage == "shard" else ".metadata"))
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(WeightsError, match=r"state-2 does not continue this run: ."):
+        learnt("diff", folder, Strategy())
+
+
 def test_a_save_that_was_killed_leaves_the_state_before_it(runs: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(runs[0] / "ddp stopped", tmp_path / "run")
     shutil.copytree(folder / "state-2", folder / "state-3.part")
