@@ -283,11 +283,11 @@ def _model_work(config: TransformerConfig, plan: Plan, dtype: torch.dtype, batch
 def _decode_work(
     config: VAEConfig, size: tuple[int, int], latents: int, dtype: torch.dtype, tiled: bool
 ) -> int:
-    """Of three pieces of one tile: what follows takes no more."""
+    """Of two pieces of one tile: what follows takes no more."""
     height, width = (side // config.space_factor for side in size)
     if tiled:
         height, width = (min(a, b) for a, b in zip((height, width), decode_tiles(config).size, strict=True))
-    most = latents if config.decode_latents == 0 else min(latents, 3 * config.decode_latents + 1)
+    most = latents if config.decode_latents == 0 else min(latents, 2 * config.decode_latents + 1)
     with without_memory():
         vae = CausalVAE(config).to(dtype)
         z = torch.zeros(1, config.latent_channels, most, height, width, dtype=dtype)
@@ -301,7 +301,7 @@ def _encode_work(
     height, width = size
     if tiled:
         height, width = (min(a, b) for a, b in zip(size, encode_tiles(config).size, strict=True))
-    most = frames if config.encode_frames == 0 else min(frames, 3 * config.encode_frames + 1)
+    most = frames if config.encode_frames == 0 else min(frames, 2 * config.encode_frames + 1)
     with without_memory():
         vae = CausalVAE(config).to(dtype)
         pixels = torch.zeros(1, 3, most, height, width, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Dtypes, devices, seeds, costs and placement."""
+"""Dtypes, devices, seeds and costs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from shared.errors import OutputCheckError, SettingError
 from shared.runtime import (
-    Placement,
     StageTimer,
     check_finite,
     finite_outputs,
@@ -105,30 +104,6 @@ def test_the_first_bad_module_is_named_and_hooks_go_away():
     with pytest.raises(OutputCheckError, match=r"^1: "), finite_outputs(model):
         model(torch.zeros(1, 2))
     assert model(torch.zeros(1, 2)).isnan().all()
-
-
-class Travelling(nn.Module):
-    """Notes where it is sent; meta cannot give weights back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: list[torch.device] = []
-
-    def to(self, device: torch.device) -> Travelling:  # type: ignore[override]
-        self.places.append(device)
-        return self
-
-
-def test_placement_moves_and_brings_back():
-    model = Travelling()
-    with Placement("meta", "cpu").computing(model) as device:  # meta stands for an accelerator
-        assert model.places == [device] == [torch.device("meta")]
-    assert model.places[1:] == [torch.device("cpu")]
-    model = nn.Linear(2, 2)
-    stays = Placement("cpu")
-    with stays.computing(model):
-        pass
-    assert model.weight.device.type == "cpu" and stays.offload == stays.compute
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
