@@ -198,7 +198,7 @@ class Engine:
                 self.release_text_encoder()
         for prompt in wanted:
             self._known.move_to_end(prompt)
-        while len(self._known) > max(KEPT_PROMPTS, len(wanted)):
+        while unknown and len(self._known) > max(KEPT_PROMPTS, len(wanted)):
             self._known.popitem(last=False)
 
     def text_encoder(self) -> T5TextEncoder:

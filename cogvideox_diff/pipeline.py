@@ -242,6 +242,12 @@ class CogVideoXPipeline:
             **({"lora": scales} if scales else {}),
         }
 
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that later calls will need, where that saves reading the text encoder again."""
+        if self.engine.placement.mode != "none":
+            with memory_stage("text", lambda: self.engine.savers("text")):
+                self.engine.remember(prompts)
+
     # ---- calls
 
     def __call__(

@@ -13,9 +13,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar
 
-import torch
-
 from shared.errors import OutOfMemoryError, SettingError, UserError
+from shared.memory import ran_out
 
 ConfigT = TypeVar("ConfigT")
 INTERRUPTED = 130
@@ -204,7 +203,9 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
         return main(arguments) or 0
     except UserError as error:
         return report(error, as_json=as_json)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else "no more memory"
         return report(OutOfMemoryError(f"out of memory: {reason}"), as_json=as_json)
     except KeyboardInterrupt:

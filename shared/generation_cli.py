@@ -221,6 +221,8 @@ def run_generation(order: Order, options: argparse.Namespace) -> None:
     made = _Made(records=[{**entry, "status": "kept"} for entry in _listed(kept)])
     if pending:
         generator = order.load()
+        if hasattr(generator, "prepare"):
+            generator.prepare([item.prompt for item in pending])  # type: ignore[attr-defined]
         if not (options.quiet or options.json):
             sys.stderr.write(f"settings: {json.dumps(order.settings, ensure_ascii=False)}\n")
         try:

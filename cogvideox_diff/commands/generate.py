@@ -76,6 +76,11 @@ class Configured:
     def __post_init__(self) -> None:
         self.name, self.tasks = self.pipeline.name, self.pipeline.tasks
 
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Where nets wait for their turn, encode all prompts before the first video: the text encoder, which
+        is as large as all the rest, is then needed once."""
+        self.pipeline.prepare([*prompts, self.call.negative_prompt])
+
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """The pipeline's result, shown at the rate that was asked for."""
         with nullcontext() if self.team is None else self.team.at_work(request):

@@ -164,6 +164,13 @@ def test_the_text_encoder_is_given_back_and_read_again(folder: Path, tmp_path: P
     assert torch.equal(again(PROMPT, output_type="latent"), wanted[0])
 
 
+def test_prompts_prepared_ahead_need_the_encoder_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = force(CogVideoXPipeline.from_pretrained(folder, device="cpu"), "model")
+    pipe.prepare([PROMPT, "a blue square", ""])
+    monkeypatch.setattr(pipe.engine, "read_text_encoder", None)  # it is gone, and nothing can bring it back
+    assert pipe(PROMPT).frames.shape == pipe("a blue square").frames.shape
+
+
 def test_a_text_encoder_that_cannot_be_read_again_stays(spiece: Path) -> None:
     pipe = force(make("5b", spiece), "model")
     pipe(PROMPT)
