@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests import figures
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,6 +28,13 @@ def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def kept_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that a parity test observes are kept, where that is asked for."""
+    if figures.WANTED and request.node.get_closest_marker("parity"):
+        monkeypatch.setattr(torch.testing, "assert_close", figures.recording(torch.testing.assert_close))
 
 
 @pytest.fixture(scope="session")

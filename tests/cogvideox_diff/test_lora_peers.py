@@ -18,6 +18,7 @@ from cogvideox_diff.lora import inject, load_lora, save_lora
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.checkpoints import convert, load_into
 from tests.cogvideox_diff.tiny_lora import ALPHA, RANK, randomise
+from tests.figures import record_figure
 from tests.parity.cogvideox.tiny_sat import from_diffusers, relative_error
 
 PEER = {
@@ -71,6 +72,7 @@ def test_diffusers_pipeline_loads_ours(tmp_path: Path, targets: tuple[str, ...])
     wanted, ours = outputs(peer, model)
     error = relative_error(ours, wanted)
     print(f"{error:.1e}")
+    record_figure("transformer with an adapter", error, 1e-4)
     assert error <= 1e-4
 
 
@@ -94,6 +96,7 @@ def test_diffusers_saves_what_we_load(tmp_path: Path) -> None:
     wanted, ours = outputs(peer, model)
     error = relative_error(ours, wanted)
     print(f"{error:.1e}")
+    record_figure("transformer with an adapter", error, 1e-4)
     assert error <= 1e-4
 
 
@@ -111,4 +114,5 @@ def test_diffusers_with_merged_weights_agrees(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         merged = type(peer).from_pretrained(tmp_path / "merged").eval()
     wanted, ours = outputs(merged, model)
+    record_figure("transformer with an adapter merged by us", relative_error(ours, wanted), 1e-4)
     assert relative_error(ours, wanted) <= 1e-4

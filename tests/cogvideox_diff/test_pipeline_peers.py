@@ -28,6 +28,7 @@ from tests.cogvideox_diff.tiny_pipeline import (
     tiny_config,
     write_tokenizer,
 )
+from tests.figures import record_figure
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,7 @@ PEER_CASES = [
     ("5b-i2v", "i2v"),
     ("1.5-5b-i2v", "i2v"),
     ("2b", "v2v"),
+    ("5b", "v2v"),
     ("1.5-5b", "v2v"),
 ]
 PEER_MODULES = {"t2v": "", "i2v": "_image2video", "v2v": "_video2video"}
@@ -149,6 +151,7 @@ def test_diffusers_pipelines(
     got = pipe(**common, **own)
     error = relative_error(got, wanted[len(wanted) - len(got) :])
     print(f"{task} {variant} {scheduler}: {error:.1e}")
+    record_figure(f"pipeline {task} {variant} {scheduler}, to latents", error, 1e-4)
     assert error <= 1e-4
 
 
@@ -176,4 +179,5 @@ def test_diffusers_loads_what_we_write(pipe: CogVideoXPipeline, tmp_path: Path) 
     for ours in (pipe, loaded):
         error = relative_error(ours(PROMPT, latents=noise, **options), wanted)
         print(f"frames after diffusers' files: {error:.1e}")
+        record_figure("pipeline t2v 5b ddim, text to frames, from our folder", error, 1e-4)
         assert error <= 1e-4

@@ -14,6 +14,7 @@ from cogvideox_diff.denoising import Step, denoise
 from cogvideox_diff.guidance import DynamicGuidance, Predictor, make_guidance
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.schedulers import draw_from, make_scheduler
+from tests.figures import record_figure
 from tests.parity.cogvideox.tiny_sat import case_names, load_model, load_schedule, read_case, relative_error
 
 RECORDED = {"sde_dpm": "dpm", "ddim": "ddim"}
@@ -62,6 +63,7 @@ def test_recorded_sat_sampler(name: str, recorded: str) -> None:
     final = denoise(predict, scheduler, io["initial"], guide, replay(draws), callback=keep)
     errors = [relative_error(got, want) for got, want in zip(states, io["states"], strict=True)]
     print(f"{name} {recorded}: " + " ".join(f"{error:.1e}" for error in errors))
+    record_figure(f"SAT sampler {recorded}, every state", max(errors), 1e-5)
     assert max(errors) < 1e-5
     assert relative_error(final, io["final"]) < 1e-5
     assert next(draws, None) is None  # every recorded draw was used
@@ -130,4 +132,5 @@ def test_diffusers_trajectory(scheduler: str, num_steps: int, shift: float) -> N
     )
     error = relative_error(got, wanted)
     print(f"{scheduler} {num_steps} steps, shift {shift}: {error:.1e}")
+    record_figure(f"{scheduler} over 1 to 61 steps, SNR shift {shift:g}", error, 1e-4)
     assert error < 1e-4

@@ -10,6 +10,7 @@ import torch
 from cogvideox_diff.config import ScheduleConfig
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.schedulers import make_levels
+from tests.figures import record_figure
 from tests.parity.recorded import case_folder, read_tensors
 
 TABLES = read_tensors(case_folder("cogvideox") / "schedules.safetensors")
@@ -66,6 +67,7 @@ def test_diffusers_table_and_timesteps(shift: float) -> None:
     schedule = NoiseSchedule.from_config(ScheduleConfig(snr_shift=shift))
     error = (peer.alphas_cumprod.double() - schedule.alphas_cumprod).abs().max().item()
     print(f"shift {shift}: {error:.1e}")
+    record_figure(f"noise levels, SNR shift {shift:g}", error, 1e-6)
     assert error < 1e-6
     for num_steps in range(1, 1001):
         peer.set_timesteps(num_steps)

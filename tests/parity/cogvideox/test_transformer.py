@@ -14,6 +14,7 @@ from cogvideox_diff.config import PRESETS, TransformerConfig
 from cogvideox_diff.training.objective import diffusion_loss
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.checkpoints import convert, invert, load_into, load_tensors
+from tests.figures import record_figure
 from tests.parity.cogvideox.tiny_sat import (
     case_names,
     from_diffusers,
@@ -49,6 +50,7 @@ def test_forward(name: str) -> None:
         got = load_model(case)(latents, given["text"], case.io["forward.timesteps"], given["ofs"])
     error = relative_error(got, case.io["forward.output"])
     print(f"{name}: {error:.1e}")
+    record_figure(f"SAT transformer {name}", error, 1e-5)
     assert error < 1e-5
 
 
@@ -73,6 +75,7 @@ def test_loss(name: str) -> None:
         )
     error = relative_error(got, io["loss.per_sample"])
     print(f"{name}: {error:.1e}")
+    record_figure(f"SAT loss {name}", error, 1e-5)
     assert error < 1e-5
 
 
@@ -108,6 +111,7 @@ def test_train_step(file: str) -> None:
             image_latents_BTCHW=step["image_latents"],
             ofs=step["ofs"],
         )
+    record_figure("complete SAT training step", relative_error(got, step["per_sample_loss"]), 1e-5)
     assert relative_error(got, step["per_sample_loss"]) < 1e-5
     assert relative_error(got.mean(), step["loss"]) < 1e-5
 
@@ -256,6 +260,7 @@ def test_diffusers_live(variant: str) -> None:
             )[0]
             error = relative_error(model(latents, text, timesteps, ofs), wanted)
         print(f"{variant} {size}: {error:.1e}")
+        record_figure(f"transformer {variant}, its sizes", error, 1e-4)
         assert error < 1e-4
 
 
@@ -277,4 +282,6 @@ def test_diffusers_loads_ours(variant: str) -> None:
         wanted = peer(
             latents, text, timesteps, ofs=ofs, image_rotary_emb=peer_rope(config, size), return_dict=False
         )[0]
-        assert relative_error(model(latents, text, timesteps, ofs), wanted) < 1e-4
+        error = relative_error(model(latents, text, timesteps, ofs), wanted)
+    record_figure(f"transformer {variant} holding our weights", error, 1e-4)
+    assert error < 1e-4

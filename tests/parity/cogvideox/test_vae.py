@@ -13,6 +13,7 @@ from cogvideox_diff.checkpoints import DIFFUSERS_VAE, SAT_VAE
 from cogvideox_diff.config import VAEConfig
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import convert, invert, load_into, load_tensors
+from tests.figures import record_figure
 from tests.parity.recorded import case_folder, read_json, read_tensors
 
 TOLERANCE = 2e-5  # of the largest value, as the recorded data's own description suggests
@@ -26,6 +27,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def assert_close(name: str, got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
     error = relative_error(got, wanted)
     print(f"{name}: relative maximum error {error:.1e}")
+    record_figure(f"VAE {name}", error, tolerance)
     assert error <= tolerance, f"{name}: {error:.1e}"
 
 

@@ -16,6 +16,7 @@ from cogvideox_diff.vae.autoencoder import CausalVAE, Posterior
 from shared.checkpoints import convert, load_into, load_tensors
 from shared.distributed import ParallelContext
 from tests.distributed.launch import run_ranks
+from tests.figures import record_figure
 from tests.parity.recorded import case_folder, read_json, read_tensors
 
 TOLERANCE = 2e-5  # of the largest value, as the recorded data's own description suggests
@@ -70,6 +71,7 @@ def assert_close(name: str, got: Tensor, wanted: Tensor) -> None:
     assert got.shape == wanted.shape, f"{name}: {list(got.shape)} instead of {list(wanted.shape)}"
     error = ((got - wanted).abs().max() / wanted.abs().max()).item()
     print(f"{name}: relative maximum error {error:.1e}")
+    record_figure(f"VAE on two processes: {name}", error, TOLERANCE)
     assert error <= TOLERANCE, f"{name}: {error:.1e}"
 
 
