@@ -1,4 +1,4 @@
-"""The icetk package itself, run by an interpreter of its own: `python peer.py REQUEST ANSWER` (see README.md).
+"""The icetk package itself, run by an interpreter of its own: `python peer.py REQUEST ANSWER` (README.md).
 
 REQUEST is JSON: `folder` (with `ice_text.model`, and `ice_image.pt` for images), `special_tokens`, `texts`,
 `lookups`, `images` (a .npy of uint8 [B, H, W, 3], or null) and `rates`. ANSWER gets what icetk says as JSON,
@@ -49,10 +49,10 @@ def text_answers(tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def image_answers(tokenizer: Any, request: dict[str, Any]) -> dict[str, np.ndarray]:
+def image_answers(tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Codes [B, h * w] and decoded images (0..1, not clamped) of every rate."""
     images = torch.from_numpy(np.load(request["images"])).permute(0, 3, 1, 2).float() / 255
-    answers = {}
+    answers: dict[str, Any] = {}
     for rate in request["rates"]:
         codes = tokenizer.encode(image_torch=images, compress_rate=rate)
         grid = codes.view(len(images), images.shape[2] // rate, images.shape[3] // rate)
