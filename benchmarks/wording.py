@@ -20,7 +20,9 @@ def number(metric: Metric, value: float, *, sign: bool = False) -> str:
 
 
 def digits(metric: Metric, value: float) -> int:
-    """Places after the point; values without a unit lie in 0..1."""
+    """Places after the point; most values without a unit lie in 0..1, distances may be large."""
+    if not metric.unit and abs(value) >= 10:
+        return 1
     if not metric.unit:
         return 4 if 0.995 < value < 1 or abs(value) < 0.01 else 3
     return 2 if abs(value) < 10 else 1

@@ -30,9 +30,11 @@ class ClipScorer:
 
         self.device = parse_device("auto")
         try:
-            self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(self.device)
+            model: torch.nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True)
+            self.model: Any = model.eval().to(self.device)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             self.size, self.mean, self.std = image_settings(folder)
+            self.text_len = self.model.text_model.embeddings.position_embedding.num_embeddings
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsError(f"{folder} is no CLIP folder: {reason}") from error
@@ -54,8 +56,7 @@ class ClipScorer:
     @torch.no_grad()
     def embed_text(self, prompt: str) -> Tensor:
         """[D] on the CPU."""
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer([prompt], truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer([prompt], truncation=True, max_length=self.text_len, return_tensors="pt")
         pooled = self.model.text_model(
             input_ids=tokens["input_ids"].to(self.device),
             attention_mask=tokens["attention_mask"].to(self.device),

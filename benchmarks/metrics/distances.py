@@ -70,7 +70,8 @@ def _variants(
 ) -> list[SetMetric]:
     """The distance from both references, and its extrapolation."""
     found = []
-    for reference, suffix, star in (("truth", "", ""), ("codec", "/codec", "*")):
+    variants: tuple[tuple[Reference, str, str], ...] = (("truth", "", ""), ("codec", "/codec", "*"))
+    for reference, suffix, star in variants:
         for limit in (False, True) if limits else (False,):
             words = f"{recipe}; {AGAINST[reference]}; {PAIRING}"
             words += "; intercept of a line in 1/N over subsets of half to all videos" * limit
@@ -109,7 +110,6 @@ def _features_of(kind: str) -> tuple[str, str, str]:
 
 def _net_distances(kind: str) -> list[SetMetric]:
     words, needs, mark = _features_of(kind)
-    shared = {"features": kind, "needs": needs, "mark": mark}
     return [
         *_variants(
             f"frechet/{kind}",
@@ -117,7 +117,9 @@ def _net_distances(kind: str) -> list[SetMetric]:
             f"Fréchet distance of {words}, covariance over N - 1",
             frechet_distance,
             parameters={"features": kind, "covariance_ddof": 1},
-            **shared,
+            features=kind,
+            needs=needs,
+            mark=mark,
         ),
         *_variants(
             f"kid/{kind}",
@@ -126,7 +128,9 @@ def _net_distances(kind: str) -> list[SetMetric]:
             kernel_distance,
             parameters={"features": kind, "degree": 3},
             limits=False,
-            **shared,
+            features=kind,
+            needs=needs,
+            mark=mark,
         ),
     ]
 

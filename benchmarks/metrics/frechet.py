@@ -33,7 +33,9 @@ def frechet_distance(first_ND: Array, second_ND: Array, *, ddof: int = 1) -> flo
 def covariance_factor(features_ND: Array, ddof: int) -> Array:
     """A [R, D] with A^T A the covariance of the rows."""
     centred_ND = (features_ND - features_ND.mean(0)) / np.sqrt(len(features_ND) - ddof)
-    return centred_ND if len(centred_ND) <= centred_ND.shape[1] else np.linalg.qr(centred_ND, mode="r")
+    if len(centred_ND) <= centred_ND.shape[1]:
+        return centred_ND
+    return np.asarray(np.linalg.qr(centred_ND, mode="r"))
 
 
 def kernel_distance(first_ND: Array, second_ND: Array) -> float:
