@@ -12,6 +12,10 @@ PROGRAM = Program(
     description=__doc__,
     verbs={
         "generate": "make videos of prompts, of an image, or of another video",
+        "extend": "make longer videos by chaining clips (an extension, not in the release)",
+        "invert": "find the noise of a video, reconstruct it and edit it",
+        "encode": "write a video's latents, with the VAE alone",
+        "decode": "make the video of latents, with the VAE alone",
         "train": "train a preset's model",
         "convert": "write a model in another layout: ours, diffusers' or SAT's",
         "lora": "look into an adapter, merge it into weights, or rewrite it",

@@ -25,6 +25,7 @@ from cogvideox_diff.model_files import (
     FOREIGN_CONFIG,
     FORMAT,
     OUR_CONFIG,
+    PARTS,
     SHARED,
     TOKENIZER,
     Layout,
@@ -99,11 +100,20 @@ def open_folder(source: str | Path, config: CogVideoXConfig | None = None) -> Mo
 
 def load_parts(folder: ModelFolder, dtype: torch.dtype) -> Parts:
     """Read the weights, cast to `dtype`, into nets built without memory of their own."""
+    check_weights(folder)
     return Parts(
         transformer=cast("ExpertTransformer", _load(folder, "transformer", dtype)),
         vae=cast("CausalVAE", _load(folder, "vae", dtype)),
         text_encoder=load_text_encoder(folder, dtype),
     )
+
+
+def check_weights(folder: ModelFolder) -> None:
+    """WeightsError unless every part's files hold what the configuration asks for; reads headers alone."""
+    for part in PARTS:
+        read_part(folder, part, device="meta")
+    if not folder.tokenizer.exists():
+        raise WeightsError(f"{folder.path} lacks its tokenizer: there is no {folder.tokenizer}")
 
 
 def load_text_encoder(folder: ModelFolder, dtype: torch.dtype) -> T5TextEncoder:

@@ -33,7 +33,7 @@ from cogvideox_diff.generation import NOTHING, Batch, Callback, Engine, Given, I
 from cogvideox_diff.geometry import FitFrames
 from cogvideox_diff.lora_files import LoRAReport
 from cogvideox_diff.memory import Savers, advice, quantized, resolve_savers
-from cogvideox_diff.planning import DEFAULTS, CallSettings, Plan, check_request, tasks_of
+from cogvideox_diff.planning import DEFAULTS, CallSettings, Plan, check_dtype, check_request, tasks_of
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.config_io import to_plain
@@ -144,10 +144,8 @@ class CogVideoXPipeline:
         folder = open_folder(source, config)
         chosen = folder.trained_dtype if dtype is None else dtype
         chosen = parse_dtype(chosen) if isinstance(chosen, str) else chosen
-        if chosen == torch.float16 and folder.trained_dtype == torch.bfloat16 and not force_dtype:
-            raise SettingError(
-                "got float16 for a model trained in bfloat16; legal: bfloat16 (nearest), float32"
-            )
+        if not force_dtype:
+            check_dtype(folder.trained_dtype, chosen)
         place = parse_device(device or "auto")
         if savers is None:
             savers = resolve_savers(

@@ -126,6 +126,12 @@ def check_request(
     return replace(plan, guidance_weights=_changing_weights(config, plan))
 
 
+def check_dtype(trained: torch.dtype, chosen: torch.dtype) -> None:
+    """SettingError for float16 where a model was trained in bfloat16: it overflows."""
+    if chosen == torch.float16 and trained == torch.bfloat16:
+        raise SettingError("got float16 for a model trained in bfloat16; legal: bfloat16 (nearest), float32")
+
+
 def plan_inversion(config: CogVideoXConfig, settings: CallSettings, video: Video) -> Plan:
     """The plan of finding the noise of `video`, and of sampling from it: with DDIM and, unless a scale is
     given, without guidance. An image-to-video model is given the first frame. SettingError as in

@@ -145,9 +145,7 @@ class DDIMScheduler(_Solver):
         kept = ((1 - after) / (1 - abar)) ** 0.5
         share = after**0.5 - abar**0.5 * kept  # of x0 in x_next
         if (of_x := kept + share * used**0.5) < 1e-6:
-            raise ValueError(
-                "a single step from noise to the clean sample has no inverse; take two or more"
-            )
+            raise ValueError("a single step from noise to the clean sample has no inverse; take two or more")
         return (x_next + share * (1 - used) ** 0.5 * v) / of_x
 
 

@@ -295,6 +295,7 @@ def sidecar(
         "stages": {name: asdict(stats) for name, stats in result.stages.items()},
         "check": check,
         "warnings": notes,
+        **({"measured": result.measured} if result.measured else {}),
         "command": shlex.join(order.command),
         "version": version(),
         "environment": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -37,6 +37,8 @@ class GenerationResult:
 
     video: Video
     stages: dict[str, StageStats] = field(default_factory=dict)
+    # what was found out about the video, for its sidecar
+    measured: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> dict[str, float]:

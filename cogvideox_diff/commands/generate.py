@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cogvideox_diff.commands.lora import Chosen
+    from cogvideox_diff.config import CogVideoXConfig
     from cogvideox_diff.denoising import Step
+    from cogvideox_diff.extension import Chain
+    from cogvideox_diff.generation import Given
+    from cogvideox_diff.latent_files import LatentFile
     from cogvideox_diff.parallel_pipeline import Sharing, Team
-    from cogvideox_diff.pipeline import CogVideoXPipeline
+    from cogvideox_diff.pipeline import CogVideoXPipeline, DiffusionResult
     from cogvideox_diff.planning import CallSettings
     from shared.protocol import GenerationRequest, GenerationResult
     from shared.video import Video
@@ -41,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dynamic_cfg", help="upstream, rise or fall: guidance that changes by step")
     parser.add_argument("--scheduler", help="ddim or dpm")
     parser.add_argument("--strength", type=float, help="of v2v, 0..1: how much of the video is made anew")
+    parser.add_argument("--fit_frames", choices=("nearest", "pad", "trim"),
+                        help="make other frame counts legal; pad repeats a video's last one")  # fmt: skip
+    parser.add_argument("--frame_padding", choices=("front", "back"), default="front",
+                        help="where 1.5 completes pairs of latent frames (default: front)")  # fmt: skip
+    parser.add_argument("--latents_path", type=Path, metavar="LATENTS",
+                        help="noise of the verb invert to start from, with its settings")  # fmt: skip
     parser.add_argument("--offload", choices=("none", "model", "sequential", "auto"), default="none",
                         help="weights wait on the CPU: nets, their blocks, or what just fits")  # fmt: skip
     parser.add_argument("--tiling", nargs="?", choices=("off", "on", "auto"), const="on", default="off",
@@ -71,6 +81,9 @@ class Configured:
     call: CallSettings
     effective: dict[str, Any]
     team: Team | None = None  # the processes that share the work
+    given: Given | None = None  # noise to start from
+    chain: Chain | None = None  # of the verb extend
+    next_prompts: Sequence[str] = ()
     on_progress: Callable[[float], None] | None = None
 
     def __post_init__(self) -> None:
@@ -83,9 +96,35 @@ class Configured:
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """The pipeline's result, shown at the rate that was asked for."""
+        from cogvideox_diff.generation import NOTHING
+
         with nullcontext() if self.team is None else self.team.at_work(request):
-            result = self.pipeline.generate(request, self.call, callback=self._moved)
+            if self.chain is not None:
+                result = self._chained(request, self.chain)
+            else:
+                given = self.given or NOTHING
+                result = self.pipeline.generate(request, self.call, callback=self._moved, given=given)
         return replace(result, video=replace(result.video, fps=self.effective["fps"]))
+
+    def _chained(self, request: GenerationRequest, chain: Chain) -> DiffusionResult:
+        """Several clips as one video; how they drift goes into the sidecar."""
+        from cogvideox_diff.extension import extend
+        from cogvideox_diff.pipeline import DiffusionResult
+
+        made = extend(
+            self.pipeline,
+            [request.prompt, *self.next_prompts] if self.next_prompts else request.prompt,
+            chain,
+            self.call,
+            seed=request.seed,
+            image=request.image,
+            start=request.video,
+            callback=self._moved,
+        )
+        measured = {"drift": [asdict(clip) for clip in made.drift]}
+        return DiffusionResult(
+            video=made.video, stages=made.stages, warnings=made.warnings, measured=measured
+        )
 
     def _moved(self, step: Step) -> None:
         if self.on_progress is not None:
@@ -141,22 +180,34 @@ def _run_shared(options: argparse.Namespace, sharing: Sharing) -> None:
 def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Team | None = None) -> Order:
     """What is to be made, all checked; its `load` reads the weights."""
     from cogvideox_diff.commands.lora import choose
-    from cogvideox_diff.formats import open_folder
+    from cogvideox_diff.extension import plan_chain
+    from cogvideox_diff.formats import check_weights, open_folder
+    from cogvideox_diff.generation import Given
+    from cogvideox_diff.latent_files import check_shape
     from cogvideox_diff.memory import resolve_savers
     from cogvideox_diff.parallel_pipeline import share
     from cogvideox_diff.pipeline import CogVideoXPipeline
-    from cogvideox_diff.planning import check_request
+    from cogvideox_diff.planning import check_dtype, check_request
     from shared.model_folder import weights_mark
     from shared.runtime import parse_device, parse_dtype, spare_threads
 
     folder = open_folder(options.model_path)
     config = replace(folder.config, sampling=override_all(folder.config.sampling, options.set))
     image, video = _inputs(options)
-    call = _call_settings(options)
-    plan = check_request(config, call, image=image, video=video)
+    noise = _noise(options, config, video)
+    call = _call_settings(options, noise)
+    chain = _chain(options, config, call, image, video)
+    if chain is None:
+        plan = check_request(config, call, image=image, video=video)
+    else:
+        plan = plan_chain(config, call, image=image, start=video)
+    if noise is not None:
+        check_shape(noise, plan.geometry.latent_shape(config.transformer.out_channels))
+        plan = replace(plan, fps=noise.fps)
     if options.fps is not None and not options.fps > 0:
         raise SettingError(f"fps must be positive, got {options.fps}")
     dtype = folder.trained_dtype if options.dtype is None else parse_dtype(options.dtype)
+    check_dtype(folder.trained_dtype, dtype)
     device = parse_device(options.device)
     adapters = choose(options.lora_path, options.lora_scale, config.transformer)
     savers = resolve_savers(
@@ -180,6 +231,9 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
     }
     if adapters:
         settings["lora"] = [adapter.settings() for adapter in adapters]
+    if chain is not None:
+        settings |= {"chain": chain.settings(), "next_prompts": options.next_prompt}
+    check_weights(folder)
     if sharing is not None and team is not None:
         sharing.check(team.world.degree, config, plan)
         settings["parallel"] = sharing.settings(team.world.degree)
@@ -199,7 +253,8 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
         if team is not None and team.groups is not None:
             share(pipeline, team.groups)
         _load_adapters(pipeline, adapters, quiet=options.quiet or options.json)
-        return Configured(pipeline, call, settings, team)
+        given = None if noise is None else Given(noise=noise.latents[None])
+        return Configured(pipeline, call, settings, team, given, chain, getattr(options, "next_prompt", ()))
 
     return Order(
         command=options.command,
@@ -207,7 +262,7 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
         load=load,
         image=image,
         video=video,
-        inputs=_described(options, image, video),
+        inputs=_described(options, image, video) | _described_noise(options, noise),
     )
 
 
@@ -221,20 +276,61 @@ def _load_adapters(pipeline: CogVideoXPipeline, adapters: Sequence[Chosen], *, q
             sys.stderr.write(f"{adapter.path} at scale {adapter.scale:g}: {report}\n")
 
 
-def _call_settings(options: argparse.Namespace) -> CallSettings:
+def _call_settings(options: argparse.Namespace, noise: LatentFile | None) -> CallSettings:
+    """As given; what is not given is as the noise was made, if one is given."""
     from cogvideox_diff.planning import CallSettings
 
+    made = {} if noise is None else {**noise.settings, "num_frames": noise.num_frames}
+    if noise is not None:
+        made |= {"height": noise.height, "width": noise.width, "scheduler": "ddim"}
+        if options.scheduler not in (None, "ddim"):
+            raise SettingError(
+                f"inverted noise needs the ddim scheduler, got {options.scheduler}; nearest: ddim"
+            )
+    names = ("num_frames", "height", "width", "num_inference_steps", "guidance_scale", "scheduler")
+    given = {name: getattr(options, name) for name in names}
     return CallSettings(
         negative_prompt=options.negative_prompt,
-        num_frames=options.num_frames,
-        height=options.height,
-        width=options.width,
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
         dynamic_cfg=options.dynamic_cfg,
-        scheduler=options.scheduler,
         strength=options.strength,
+        fit_frames=options.fit_frames,
+        frame_padding=made.get("frame_padding", options.frame_padding),
+        **{name: made.get(name) if value is None else value for name, value in given.items()},
     )
+
+
+def _noise(options: argparse.Namespace, config: CogVideoXConfig, video: Video | None) -> LatentFile | None:
+    """The noise of --latents_path, checked to be of such a model."""
+    from cogvideox_diff.latent_files import check_latents, read_latents
+
+    if options.latents_path is None:
+        return None
+    if video is not None or hasattr(options, "num_clips"):
+        raise SettingError("--latents_path is noise of one clip: it takes no video and no chain of clips")
+    noise = read_latents(options.latents_path)
+    check_latents(noise, config, "noise")
+    return noise
+
+
+def _chain(
+    options: argparse.Namespace,
+    config: CogVideoXConfig,
+    call: CallSettings,
+    image: Tensor | None,
+    start: Video | None,
+) -> Chain | None:
+    """Of the verb extend; None for the verb generate."""
+    if not hasattr(options, "num_clips"):
+        return None
+    from cogvideox_diff.extension import Chain, plan_chain
+
+    if options.next_prompt and len(options.next_prompt) != options.num_clips - 1:
+        raise SettingError(
+            f"got {len(options.next_prompt)} --next_prompt for {options.num_clips} clips; "
+            f"legal: {options.num_clips - 1}, or none for the same prompt"
+        )
+    geometry = plan_chain(config, call, image=image, start=start).geometry
+    return Chain(num_clips=options.num_clips, overlap=options.overlap).checked(config, geometry, start)
 
 
 def _inputs(options: argparse.Namespace) -> tuple[Tensor | None, Video | None]:
@@ -258,3 +354,10 @@ def _described(options: argparse.Namespace, image: Tensor | None, video: Video |
         return {}
     digest = hashlib.sha256(frames.numpy().tobytes()).hexdigest()[:16]
     return {"path": str(options.image_or_video_path), "frames_sha256": digest}
+
+
+def _described_noise(options: argparse.Namespace, noise: LatentFile | None) -> dict[str, Any]:
+    if noise is None:
+        return {}
+    digest = hashlib.sha256(noise.latents.numpy().tobytes()).hexdigest()[:16]
+    return {"latents_path": str(options.latents_path), "latents_sha256": digest}
