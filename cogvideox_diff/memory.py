@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -121,14 +121,14 @@ def choose_savers(
 
     OutOfMemoryError where nothing fits, naming the stage, what it needs and what there is."""
     best: tuple[int, StageNeed] | None = None
-    modes = OFFLOADS if offload == "auto" else tuple(mode for mode in OFFLOADS if mode == offload)
+    modes: list[OffloadMode] = [mode for mode in OFFLOADS if offload in (mode, "auto")]
     tiles = (False, True) if tiling == "auto" else (tiling == "on",)
     for pieces, tiled in product(_pieces(config.vae, chunk), tiles):
         tried = replace(config, vae=pieces.vae(config.vae))
         needs = stage_needs(tried, plan, dtype, tiled=tiled, quantize=quantize)
         whole = sum({need.net: need.weights for need in needs}.values())
         for mode in modes:
-            worst = max(needs, key=lambda need: need.total(mode, whole))
+            worst = max(needs, key=partial(StageNeed.total, mode=mode, all_weights=whole))
             most = worst.total(mode, whole)
             if most <= free:
                 reason = f"{worst.stage} needs {in_words(most)} of {in_words(free)}"

@@ -6,7 +6,7 @@ afterwards, so that what waits stays where it is (perhaps still a mapped file) a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -32,7 +32,7 @@ def check_offload(name: str) -> str:
 def tensor_bytes(x: Tensor) -> int:
     """Bytes of a tensor's values; of a quantized one, those of its parts."""
     if hasattr(x, "__tensor_flatten__"):
-        return sum(tensor_bytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+        return sum(tensor_bytes(getattr(x, name)) for name in x.__tensor_flatten__()[0])  # type: ignore[attr-defined]
     return x.numel() * x.element_size()
 
 
@@ -154,8 +154,8 @@ class Visits:
     def hooked(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
         handles = []
         for i, block in enumerate(blocks):
-            handles.append(block.register_forward_pre_hook(lambda module, inputs, i=i: self._enter(i)))
-            handles.append(block.register_forward_hook(lambda *call, i=i: self._leave(i), always_call=True))
+            handles.append(block.register_forward_pre_hook(self._entering(i)))
+            handles.append(block.register_forward_hook(self._leaving_hook(i), always_call=True))
         try:
             yield
         finally:
@@ -168,6 +168,12 @@ class Visits:
             self._ready.clear()
             self._here.clear()
             self._leaving = None
+
+    def _entering(self, i: int) -> Callable[[nn.Module, Any], None]:
+        return lambda module, inputs: self._enter(i)
+
+    def _leaving_hook(self, i: int) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, inputs, output: self._leave(i)
 
     def _enter(self, i: int) -> None:
         if self._last is not None:

@@ -26,7 +26,7 @@ def check_quantize(name: str) -> None:
 
 def _torchao():  # type: ignore[no-untyped-def]
     try:
-        from torchao import quantization
+        from torchao import quantization  # type: ignore[import-not-found]
     except ImportError as error:
         raise SettingError(
             f"--quantize needs torchao ({error}); install the extra: pip install 'cogvideo-lab[quant]', "
