@@ -9,6 +9,7 @@ gradients, optimizer and average over the processes and gathers a block's parame
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +99,9 @@ def started_strategy(
         return
     launch = Launch.from_torchrun(environment)
     on_gpu = device is not None and device.type == "cuda"
-    with started(launch, "nccl" if on_gpu else "gloo") as world:
+    with started(launch, "nccl" if on_gpu else "gloo") as world, warnings.catch_warnings():
+        # nets may end in a view; losses never change it in place, which is what FSDP warns of
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         control = dist.new_group(backend="gloo", timeout=PATIENCE)
         assert not isinstance(control, int)  # that would say: not a member
         yield Strategy(
