@@ -12,6 +12,7 @@ PROGRAM = Program(
     description=__doc__,
     verbs={
         "generate": "make videos of prompts",
+        "plan": "say what a call takes of a device, before any weights are read",
         "train": "train a preset's model",
         "convert": "write a model folder of the released weights",
         "clusters": "make or take over the table of token clusters",

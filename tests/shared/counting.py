@@ -1,0 +1,26 @@
+"""Counts of a real forward, for tests of the cost model. Not a test file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> int:
+    return sdpa_flop(tuple(q.shape), tuple(k.shape), tuple(v.shape))
+
+
+_cpu_attention._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes
+MISSING = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+
+
+@torch.no_grad()
+def counted_flops(run: Callable[[], object]) -> int:
+    """By torch's own counter, which does not know the CPU's attention kernel."""
+    with FlopCounterMode(display=False, custom_mapping=MISSING) as counter:
+        run()
+    return counter.get_total_flops()
