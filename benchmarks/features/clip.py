@@ -30,8 +30,8 @@ class ClipScorer:
 
         self.device = parse_device("auto")
         try:
-            model: torch.nn.Module = CLIPModel.from_pretrained(folder, local_files_only=True)
-            self.model: Any = model.eval().to(self.device)
+            model: Any = CLIPModel.from_pretrained(folder, local_files_only=True)
+            self.model = model.eval().to(self.device)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             self.size, self.mean, self.std = image_settings(folder)
             self.text_len = self.model.text_model.embeddings.position_embedding.num_embeddings

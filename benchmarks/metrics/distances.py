@@ -124,7 +124,7 @@ def _net_distances(kind: str) -> list[SetMetric]:
         *_variants(
             f"kid/{kind}",
             f"Kernel distance ({kind} features)",
-            f"squared MMD, kernel (x.y / D + 1)^3, unbiased: no bias from N; {words}",
+            f"squared MMD, kernel (x.y / D + 1)^3, unbiased from N, without pairs of one prompt; {words}",
             kernel_distance,
             parameters={"features": kind, "degree": 3},
             limits=False,

@@ -39,23 +39,27 @@ def covariance_factor(features_ND: Array, ddof: int) -> Array:
 
 
 def kernel_distance(first_ND: Array, second_ND: Array) -> float:
-    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3: unbiased, so that it may be negative
-    (KID, Binkowski et al. 2018; of videos KVD, Unterthiner et al. 2018)."""
+    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 of two sets of one size: unbiased, so
+    that it may be negative (KID, Binkowski et al. 2018; of videos KVD, Unterthiner et al. 2018).
+
+    Row i of either set shows the same prompt. The two are more alike than chance has it, so they are not
+    compared with each other (Gretton et al. 2012, lemma 6); with them it would be far below zero."""
     check_sets(first_ND, second_ND)
-    n, m, d = len(first_ND), len(second_ND), first_ND.shape[1]
-    xx, yy, xy = (
-        (a @ b.T / d + 1) ** 3
-        for a, b in ((first_ND, first_ND), (second_ND, second_ND), (first_ND, second_ND))
-    )
-    within = (xx.sum() - xx.trace()) / (n * (n - 1)) + (yy.sum() - yy.trace()) / (m * (m - 1))
-    return float(within - 2 * xy.mean())
+    n, d = first_ND.shape
+    if len(second_ND) != n:
+        raise ValueError(f"the kernel distance needs sets of one size, got {n} and {len(second_ND)}")
+    pairs = ((first_ND, first_ND), (second_ND, second_ND), (first_ND, second_ND))
+    xx, yy, xy = ((a @ b.T / d + 1) ** 3 for a, b in pairs)
+    terms = xx + yy - xy - xy.T
+    return float((terms.sum() - terms.trace()) / (n * (n - 1)))
 
 
 def extrapolated(
     distance: Callable[[Array, Array], float], first_ND: Array, second_ND: Array, ids_N: NDArray[np.int64]
 ) -> float:
     """The distance at N = infinity: intercept of a line in 1/N through subsets of half to all of both sets
-    (Chong & Forsyth 2020). Both sets must be of one size.
+    (Chong & Forsyth 2020). Both sets must be of one size, and a subset takes the same rows of both: where
+    they show the same prompts they are alike, and that must be so at every size.
 
     The subsets are drawn by `ids_N`, so that a set which lacks a few members gets nearly the same ones: a
     jackknife of the limit would otherwise measure the drawing."""
@@ -65,12 +69,12 @@ def extrapolated(
     sizes = np.linspace(max(2, size // 2), size, SUBSET_SIZES).round().astype(int)
     values = np.zeros(SUBSET_SIZES)
     for draw in range(SUBSET_DRAWS):
-        picks, others = (_drawn_order(ids_N, [draw, side]) for side in (0, 1))
-        values += [distance(first_ND[picks[:n]], second_ND[others[:n]]) / SUBSET_DRAWS for n in sizes]
+        order = _drawn_order(ids_N, draw)
+        values += [distance(first_ND[order[:n]], second_ND[order[:n]]) / SUBSET_DRAWS for n in sizes]
     return float(np.polynomial.polynomial.polyfit(1 / sizes, values, 1)[0])
 
 
-def _drawn_order(ids_N: NDArray[np.int64], seed: list[int]) -> NDArray[np.int64]:
+def _drawn_order(ids_N: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """A random order in which an id stands where it does whatever the others are."""
     rng = np.random.Generator(np.random.PCG64(seed))
     return np.argsort(rng.random(int(ids_N.max()) + 1)[ids_N], kind="stable")

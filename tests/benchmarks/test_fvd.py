@@ -222,11 +222,24 @@ def test_frechet_equals_the_matrix_root_at_every_rank(count: int) -> None:
 
 def test_kernel_distance_by_hand_and_without_bias() -> None:
     first, second = np.array([[0.0], [1.0]]), np.array([[1.0], [2.0]])
-    within, across = 1.0 + 27.0, (1 + 1 + 8 + 27) / 4
+    within, across = 1.0 + 27.0, (1 + 8) / 2  # the kernel of 0 and 2, and of 1 and 1
     assert kernel_distance(first, second) == pytest.approx(within - 2 * across)
     rng = np.random.default_rng(0)
     values = [kernel_distance(*rng.standard_normal((2, 12, 4))) for _ in range(400)]
     assert abs(np.mean(values)) < 4 * np.std(values) / 20
+
+
+def test_sets_of_the_same_prompts_bias_no_distance() -> None:
+    """Rows that show one prompt are alike without being nearer in distribution."""
+    rng = np.random.default_rng(6)
+    values, limits = [], []
+    for _ in range(300):
+        prompts, own, others = rng.standard_normal((3, 16, 4))
+        first, second = prompts + 0.3 * own, prompts + 0.3 * others
+        values.append(kernel_distance(first, second))
+        limits.append(extrapolated(frechet_distance, first, second, np.arange(16)))
+    assert abs(np.mean(values)) < 4 * np.std(values) / 300**0.5
+    assert abs(np.mean(limits)) < 0.1
 
 
 def test_extrapolation_takes_the_bias_of_few_videos_out() -> None:
