@@ -453,7 +453,17 @@ def save_sat(tensors: Mapping[str, Tensor], path: Path) -> Path:
         with atomic_path(path / "latest") as temporary:
             temporary.write_text("1", encoding="utf-8")
         return file
-    content = {"module": {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}}
+    return save_torch({"module": tensors}, path)
+
+
+def save_torch(content: Mapping[str, Mapping[str, Tensor]], path: Path) -> Path:
+    """Write named tensors below one key with torch, atomically; of a view its own numbers alone."""
+    plain = {key: {name: _alone(x) for name, x in tensors.items()} for key, tensors in content.items()}
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        torch.save(plain, temporary)
     return path
+
+
+def _alone(x: Tensor) -> Tensor:
+    x = x.detach().cpu().contiguous()
+    return x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone()

@@ -25,7 +25,7 @@ from cogvideox_diff.checkpoints import (
 from cogvideox_diff.config import CogVideoXConfig, TransformerConfig
 from cogvideox_diff.delta import apply_delta
 from cogvideox_diff.diffusers_config import PIECES, diffusers_configs, pipeline_index
-from cogvideox_diff.lora_files import save_sat
+from cogvideox_diff.lora_files import save_sat, save_torch
 from cogvideox_diff.sat_layout import TEXT_FOLDER, VAE_FILE, sat_tables
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.transformer import ExpertTransformer
@@ -33,7 +33,7 @@ from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import DtypeOf, convert, invert, load_into, load_tensors, save_tensors
 from shared.config_io import save_config
 from shared.errors import SettingError, WeightsError
-from shared.files import atomic_path, write_json
+from shared.files import write_json
 from shared.model_folder import without_memory
 
 if TYPE_CHECKING:
@@ -193,9 +193,7 @@ def _write_part(
     elif part == "transformer":
         save_sat(invert(tensors, sat_transformer_table(config)) | sat_tables(config), folder / part)
     else:
-        with atomic_path(folder / VAE_FILE) as temporary:
-            content = {name: x.contiguous().clone() for name, x in invert(tensors, SAT_VAE).items()}
-            torch.save({"state_dict": content}, temporary)
+        save_torch({"state_dict": invert(tensors, SAT_VAE)}, folder / VAE_FILE)
 
 
 def _write_settings(folder: Path, layout: Layout, config: CogVideoXConfig) -> None:

@@ -85,4 +85,4 @@ def read_figures(path: Path) -> list[Figure]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(tables(read_figures(Path(sys.argv[1])))))
+    sys.stdout.write("\n".join(tables(read_figures(Path(sys.argv[1])))) + "\n")

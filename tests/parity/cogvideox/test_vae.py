@@ -151,6 +151,11 @@ def peer_settings(peer: object, *, tiled: bool, sliced: bool) -> None:
     peer.enable_slicing() if sliced else peer.disable_slicing()
 
 
+def said(what: str, frames: int, tiled: bool, sliced: bool) -> str:
+    plural = "s" if frames > 1 else ""
+    return f"{what}, {frames} frame{plural}{', tiled' * tiled}{', sliced' * sliced}"
+
+
 RUNS = [
     (1, False, False),
     (5, False, False),
@@ -172,8 +177,8 @@ def test_diffusers_encode(frames: int, tiled: bool, sliced: bool) -> None:
     pixels = torch.rand(2 if sliced else 1, 3, frames, height, width) * 2 - 1
     wanted = peer.encode(pixels).latent_dist
     got = ours.encode(pixels, tiled=tiled, sliced=sliced)
-    assert_close(f"mean {frames=} {tiled=} {sliced=}", got.mean, wanted.mean)
-    assert_close(f"logvar {frames=} {tiled=} {sliced=}", got.logvar, wanted.logvar)
+    assert_close(said("mean", frames, tiled, sliced), got.mean, wanted.mean)
+    assert_close(said("logvar", frames, tiled, sliced), got.logvar, wanted.logvar)
 
 
 @pytest.mark.peers
@@ -187,4 +192,4 @@ def test_diffusers_decode(frames: int, tiled: bool, sliced: bool) -> None:
     latents = torch.randn(2 if sliced else 1, ours.config.latent_channels, (frames + 3) // 4, height, width)
     wanted = peer.decode(latents).sample
     got = ours.decode(latents, tiled=tiled, sliced=sliced)
-    assert_close(f"pixels {frames=} {tiled=} {sliced=}", got, wanted)
+    assert_close(said("pixels", frames, tiled, sliced), got, wanted)
