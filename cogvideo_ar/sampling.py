@@ -155,8 +155,11 @@ def _spread_centres(points: Tensor, num_clusters: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     picks = [int(torch.randint(len(points), (1,), generator=generator))]
     nearest = torch.full((len(points),), torch.inf, dtype=points.dtype)
+    squares = points.square().sum(1)
     for uniform in torch.rand(num_clusters - 1, generator=generator, dtype=points.dtype):
-        nearest = nearest.minimum((points - points[picks[-1]]).square().sum(1))
+        last = picks[-1]
+        nearest = nearest.minimum(squares + squares[last] - 2 * (points @ points[last])).clamp(min=0)
+        nearest[last] = 0
         picks.append(min(int(draw_index(nearest[None], uniform[None])), len(points) - 1))
     return points[picks]
 
