@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,3 +36,10 @@ def test_what_is_refused() -> None:
         sat_indices(6, 8, target_fps=8, max_frames=49)
     with pytest.raises(SettingError, match="without frames"):
         finetune_indices(0, max_frames=49)
+
+
+def test_quirk_frame_stride() -> None:
+    """25 frames per second for 8: every third, not every 3.125th, so the clip ends before its last second."""
+    got = sat_indices(300, 25, target_fps=8, max_frames=49)
+    assert {b - a for a, b in pairwise(got)} == {3} and got[-1] == 147
+    assert sat_indices(150, 24, target_fps=16, max_frames=81)[:4] == (3, 4, 5, 6)  # at 24 frames per second
