@@ -8,7 +8,7 @@ from the frames of any video. Sizes are pixels of a 64 x 64 frame, speeds are fo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -247,8 +247,9 @@ def _unit_areas() -> dict[str, float]:
     return {shape: float(_coverage(shape, centre, centre, radius, SIZE).sum()) / 400.0 for shape in SHAPES}
 
 
-def read(video: Video) -> Reading:
+def read(video: Video, colours: Mapping[str, tuple[int, int, int]] = COLOURS) -> Reading:
     """The oracle: attributes of the object in a video of any length and size (resampled to 64 pixels wide).
+    `colours` are those it may name: a world with a new colour tells it as well.
 
     Background: the border's median. Object: pixels nearer to the object's colour than to the background.
     Shape: overlap with the four ideal shapes at the same centre and area. Motion: straight line through the
@@ -273,7 +274,7 @@ def read(video: Video) -> Reading:
     travel = _travel(centre_x, centre_y, seen)
     motion, speed, length = _motion(travel, (len(frames) - 1) / video.fps)
     return Reading(
-        colour=_nearest_colour(colour, ground), background=background,
+        colour=_nearest_colour(colour, ground, colours), background=background,
         shape=shape, motion=motion, speed=speed,
         travel=length, velocity=length / max(len(frames) - 1, 1) * video.fps,
         overlap=overlap, presence=float(seen.mean()),
@@ -348,10 +349,10 @@ def _motion(travel: tuple[float, float], seconds: float) -> tuple[str, str | Non
     return motion, "quickly" if whole > QUICK_ABOVE else "slowly", length
 
 
-def _nearest_colour(colour: Array, ground: Array) -> str:
+def _nearest_colour(colour: Array, ground: Array, colours: Mapping[str, tuple[int, int, int]]) -> str:
     if float(np.abs(colour - ground).max()) < 1:
         return "none"
-    return min(COLOURS, key=lambda name: float(((np.array(COLOURS[name]) - colour) ** 2).sum()))
+    return min(colours, key=lambda name: float(((np.array(colours[name]) - colour) ** 2).sum()))
 
 
 def parse(prompt: str) -> dict[str, str]:
