@@ -160,7 +160,7 @@ def _videos(options: argparse.Namespace) -> dict[str, Path]:
 
 
 @contextmanager
-def _progress(options: argparse.Namespace, total: int) -> Iterator[Callable[[int, int], None]]:
+def _progress(options: argparse.Namespace, total: int) -> Iterator[Callable[[int, int], object]]:
     """A bar of the inversion's steps, to be called with (done, total)."""
     from tqdm import tqdm
 
