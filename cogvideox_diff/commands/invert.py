@@ -160,10 +160,14 @@ def _videos(options: argparse.Namespace) -> dict[str, Path]:
 
 
 @contextmanager
-def _progress(options: argparse.Namespace, total: int) -> Iterator[Callable[[int, int], object]]:
+def _progress(options: argparse.Namespace, total: int) -> Iterator[Callable[[int, int], None]]:
     """A bar of the inversion's steps, to be called with (done, total)."""
     from tqdm import tqdm
 
     hidden = options.quiet or options.json or None
     with tqdm(total=total, unit="step", desc="inversion", disable=hidden) as bar:
-        yield lambda done, total: bar.update(done - bar.n)
+
+        def moved(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        yield moved
