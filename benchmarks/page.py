@@ -11,8 +11,11 @@ from markupsafe import Markup
 
 from benchmarks import media, plots, wording
 from benchmarks.evaluation import TRUTH, finished_videos
+from benchmarks.expected import CPU
+from benchmarks.fairness import multiple_comparisons
 from benchmarks.metrics import METRICS, RefusedError
 from benchmarks.metrics.prompt_accuracy import wanted_attributes
+from benchmarks.published import PUBLISHED
 from benchmarks.runner import clip_names
 from benchmarks.storage import RunFolder, load_frames, sidecars
 from benchmarks.suites import Suite, suite_from
@@ -20,7 +23,9 @@ from shared.clips import shapes
 from shared.video import Video
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_PROMPTS = 12  # shown as films; the numbers are over all
+MAX_PROMPTS = 12  # shown as films; further ones as strips, and the numbers are over all
+MAX_STRIPS = 120  # prompts
+MAX_BYTES = 5_000_000  # of films and pictures, about: no further prompt is shown then
 MAX_CLIPS = 3
 Results = Mapping[str, Any]
 
@@ -29,23 +34,32 @@ def render_page(folder: RunFolder, results: Results, descriptions: Mapping[str, 
     """The HTML text of a run's report; `descriptions` adds a line on each model."""
     suite = suite_from(dict(results["recipe"]["suite"]))
     models = results["models"]
+    films, strips = prompt_rows(folder, suite, models)
     template = environment().get_template("report.html.j2")
     return template.render(
         suite=suite,
+        seeds=wording.seeds(suite),
         results=results,
         models=models,
         colours={name: f"var(--series-{index % len(plots.SERIES)})" for index, name in enumerate(models)},
         descriptions=descriptions or {},
         headline=wording.headline(results),
-        prompts=prompt_rows(folder, suite, models),
+        prompts=films,
+        strips=strips,
         num_prompts=suite.num_prompts,
         table=table_rows(results),
+        recipes=results["recipe"]["metrics"],
+        together=multiple_comparisons(results["differences"]),
+        skipped=wording.skipped(results),
+        published=PUBLISHED,
+        cpu=CPU,
         columns=[*models, *results["references"]],
         clips=clip_rows(folder, suite, list(models)),
         plots={
             "attributes": Markup(plots.attribute_bars(models)),
-            "cost": Markup(plots.quality_and_cost(models)),
+            "costs": [Markup(plot) for plot in plots.quality_and_cost(models)],
             "timeline": Markup(plots.stage_timeline(models)),
+            "memory": Markup(plots.memory_curves(models)),
         },
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
@@ -63,6 +77,9 @@ def environment() -> jinja2.Environment:
     )
     made.filters["seconds"] = wording.seconds
     made.filters["size"] = wording.size
+    made.filters["operations"] = wording.operations
+    made.filters["parameters"] = wording.parameters
+    made.filters["titled"] = wording.titled
     made.globals["peak"] = wording.peak
     made.globals["rate"] = wording.rate
     made.globals["number"] = lambda name, value, sign=False: wording.number(METRICS[name], value, sign=sign)
@@ -71,34 +88,56 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def prompt_rows(folder: RunFolder, suite: Suite, models: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each shown prompt: its text, and a cell of film, strip and reading for each model and the truth."""
-    cells: dict[str, dict[str, Any]] = {}
+def prompt_rows(
+    folder: RunFolder, suite: Suite, models: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(prompts with films, further prompts with strips only), as many as the page has room for; each has its
+    text and a cell of film, strip and reading for each model and the truth."""
+    films: list[dict[str, Any]] = []
+    strips: list[dict[str, Any]] = []
+    room = MAX_BYTES
+    for prompt, found in sidecars_by_prompt(folder, suite, models).items():
+        full = len(films) < MAX_PROMPTS and not strips and (room > 0 or not films)
+        if not full and (room <= 0 or len(strips) >= MAX_STRIPS):
+            break
+        cells = {
+            name: cell(load_frames(place, sidecar), sidecar, full) for name, (place, sidecar) in found.items()
+        }
+        (films if full else strips).append({"prompt": prompt, "cells": cells})
+        room -= sum(
+            len(shown.get(part) or "") for shown in cells.values() for part in ("film", "poster", "strip")
+        )
+    return films, strips
+
+
+def sidecars_by_prompt(
+    folder: RunFolder, suite: Suite, models: Mapping[str, Any]
+) -> dict[str, dict[str, tuple[Path, dict[str, Any]]]]:
+    """prompt -> column -> where its first video lies, and that video's sidecar."""
+    found: dict[str, dict[str, tuple[Path, dict[str, Any]]]] = {}
     for model, described in models.items():
         for sidecar in finished_videos(folder, suite, model, dict(described)):
-            if sidecar["sample"] == 0 and sidecar["prompt_index"] < MAX_PROMPTS:
-                row = cells.setdefault(sidecar["prompt"], {"prompt": sidecar["prompt"], "cells": {}})
-                row["cells"][model] = cell(load_frames(folder.videos(model), sidecar), sidecar)
+            if sidecar["sample"] == 0:
+                found.setdefault(sidecar["prompt"], {})[model] = (folder.videos(model), sidecar)
     if isinstance(suite.prompts, str):
         for clip in sidecars(folder.clips, clip_names(suite)[: suite.num_prompts]):
-            if clip["prompt"] in cells:
-                cells[clip["prompt"]]["cells"].setdefault(TRUTH, cell(load_frames(folder.clips, clip), clip))
-    return list(cells.values())
+            if clip["prompt"] in found:
+                found[clip["prompt"]].setdefault(TRUTH, (folder.clips, clip))
+    return found
 
 
-def cell(video: Video, sidecar: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "film": media.film(video),
-        "poster": media.picture(media.enlarged(video.frames[video.num_frames // 2][None], 128)[0]),
+def cell(video: Video, sidecar: Mapping[str, Any], full: bool) -> dict[str, Any]:
+    shown = {
         "strip": media.picture(media.strip(video)),
         "words": film_words(sidecar["video"]),
-        "width": video.width,
-        "height": video.height,
-        "fps": video.fps,
         "seed": sidecar.get("seed"),
         "seconds": sidecar.get("seconds"),
         "marks": marks(video, sidecar["prompt"]),
     }
+    if not full:
+        return shown
+    films = {"film": media.film(video), "poster": media.picture(media.poster(video))}
+    return {**shown, **films, "width": video.width, "height": video.height, "fps": video.fps}
 
 
 def film_words(video: Mapping[str, float]) -> str:

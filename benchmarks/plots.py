@@ -11,8 +11,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.metrics import METRICS
 from benchmarks.metrics.cost import top_level
-from benchmarks.wording import seconds, title
+from benchmarks.wording import seconds, size, title, titled
 
 INK, MUTED, GRID, CARD = "#010203", "#010204", "#010205", "#010206"
 SERIES = tuple(f"#0102{16 + index:02x}" for index in range(6))
@@ -34,6 +35,9 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 5.0  # inches: at a phone's width the letters keep about their size
 MARKERS = "osD^vP"
+QUALITY = ("prompt_accuracy", "clip/sim", "inception_score", "fvd/stylegan-v/fvd2048_16f", "fvd/videogpt",
+           "frechet/own", "frechet/fixed")  # fmt: skip
+MAX_COST_PLOTS = 2
 ATTRIBUTE_ROWS = ("", "/colour", "/shape", "/motion", "/speed", "/background", "/valid")
 
 Models = Mapping[str, Mapping[str, Any]]
@@ -75,34 +79,45 @@ def _interval_bars(
         axes.plot(100 * value["value"], y, MARKERS[index % len(MARKERS)], color=colour, markersize=6)
 
 
-def quality_and_cost(models: Models) -> str:
-    """Prompt accuracy over seconds per video, with both intervals; "" where a model lacks either."""
-    needed = ("seconds_per_video", "prompt_accuracy")
-    if not models or any(name not in row["metrics"] for row in models.values() for name in needed):
-        return ""
+def quality_and_cost(models: Models) -> list[str]:
+    """The first metrics of QUALITY that all models have, over seconds per video, with both intervals."""
+    if not models or any("seconds_per_video" not in row["metrics"] for row in models.values()):
+        return []
+    names = [name for name in QUALITY if all(name in row["metrics"] for row in models.values())]
+    return [_quality_and_cost(models, name) for name in names[:MAX_COST_PLOTS]]
+
+
+def _quality_and_cost(models: Models, name: str) -> str:
+    metric = METRICS[name]
+    scale = 100 if metric.proportion else 1
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(3.1)
         for index, (model, row) in enumerate(models.items()):
-            x, y = (row["metrics"][name] for name in needed)
-            colour = SERIES[index % len(SERIES)]
-            axes.plot([x["low"], x["high"]], [100 * y["value"]] * 2, color=colour, linewidth=1.6, alpha=0.6)
-            axes.plot(
-                [x["value"]] * 2, [100 * y["low"], 100 * y["high"]], color=colour, linewidth=1.6, alpha=0.6
-            )
-            axes.plot(x["value"], 100 * y["value"], MARKERS[index % len(MARKERS)], color=colour, markersize=9)
+            x = row["metrics"]["seconds_per_video"]
+            y = {end: scale * row["metrics"][name][end] for end in ("value", "low", "high")}
+            _crossed_intervals(axes, x, y, index)
             axes.annotate(
-                model, (x["value"], 100 * y["value"]), xytext=(9, 9), textcoords="offset points", color=colour
-            )
-        axes.set(
-            xscale="log",
-            ylim=(-4, 106),
-            xlabel="seconds per video (logarithmic)",
-            ylabel="prompt accuracy, %",
-        )
+                model, (x["value"], y["value"]), xytext=(9, 9), textcoords="offset points",
+                color=SERIES[index % len(SERIES)],
+            )  # fmt: skip
+        unit = "%" if metric.proportion else metric.unit
+        axes.set(xscale="log", xlabel="seconds per video (logarithmic)")
+        axes.set_ylabel(f"{titled(metric)}{f', {unit}' if unit else ''}", wrap=True)
+        if metric.proportion:
+            axes.set_ylim(-4, 106)
+        else:
+            axes.margins(y=0.25)
         _wide_log_axis(axes, [row["metrics"]["seconds_per_video"] for row in models.values()])
         axes.grid(axis="y", linewidth=0.8)
         axes.tick_params(length=0, labelcolor=MUTED)
-        return inline(figure, "cost", "Prompt accuracy against seconds per video")
+        return inline(figure, f"cost-{QUALITY.index(name)}", f"{metric.title} against seconds per video")
+
+
+def _crossed_intervals(axes: Axes, x: Mapping[str, float], y: Mapping[str, float], index: int) -> None:
+    colour = SERIES[index % len(SERIES)]
+    axes.plot([x["low"], x["high"]], [y["value"]] * 2, color=colour, linewidth=1.6, alpha=0.6)
+    axes.plot([x["value"]] * 2, [y["low"], y["high"]], color=colour, linewidth=1.6, alpha=0.6)
+    axes.plot(x["value"], y["value"], MARKERS[index % len(MARKERS)], color=colour, markersize=9)
 
 
 def _wide_log_axis(axes: Axes, values: Sequence[Mapping[str, float]]) -> None:
@@ -146,6 +161,43 @@ def _stage_bars(axes: Axes, y: float, stages: Mapping[str, Any], colour: str, lo
         if length > longest * (0.03 + 0.016 * len(name)):
             axes.text(start + length / 2, y, name, ha="center", va="center", color=CARD if strong else INK)
         start += length
+
+
+def memory_curves(models: Models) -> str:
+    """The greatest peak of each stage along the time of one video; "" where none was measured."""
+    rows = {name: row["stages"] for name, row in models.items()}
+    rows = {name: s for name, s in rows.items() if any(stage["peak_bytes"] for stage in s.values())}
+    if not rows:
+        return ""
+    most = max(stage["peak_bytes"] for stages in rows.values() for stage in stages.values())
+    units = (("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0))
+    unit, step = next((name, 2.0**power) for name, power in units if most >= 2**power)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(2.6)
+        for model, stages in rows.items():
+            _memory_curve(axes, stages, SERIES[list(models).index(model) % len(SERIES)], step)
+        axes.set(xlabel="seconds of one video, mean", ylabel=f"peak memory, {unit}")
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, most / step * 1.18)
+        axes.grid(axis="y", linewidth=0.8)
+        axes.tick_params(length=0, labelcolor=MUTED)
+        return inline(figure, "memory", "Greatest memory of each stage along the time of one video")
+
+
+def _memory_curve(axes: Axes, stages: Mapping[str, Any], colour: str, step: float) -> None:
+    """A level for each stage; the highest carries its name."""
+    names = top_level(list(stages))
+    levels = [stages[name]["peak_bytes"] for name in names]
+    ends = [0.0]
+    for name in names:
+        ends.append(ends[-1] + stages[name]["seconds"])
+    axes.stairs([level / step for level in levels], ends, color=colour, linewidth=2.0, baseline=None)
+    axes.stairs([level / step for level in levels], ends, color=colour, alpha=0.14, fill=True)
+    top = levels.index(max(levels))
+    words = f"{names[top].rpartition('/')[2]} {size(levels[top])}"
+    middle = (ends[top] + ends[top + 1]) / 2
+    axes.annotate(words, (middle, levels[top] / step), xytext=(0, 4), textcoords="offset points", ha="center",
+                  fontsize=9, color=colour)  # fmt: skip
 
 
 def _total(stages: Mapping[str, Any]) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.suites import one_of
-from shared.errors import SettingError
+from shared.errors import SettingError, UserError
 from shared.protocol import VideoGenerator
+
+if TYPE_CHECKING:
+    from shared.costs import StageCost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,47 @@ def _cogvideox(source: str) -> VideoGenerator:
     return CogVideoXPipeline.from_pretrained(source)
 
 
+def _cogvideo_costs(source: str, settings: Mapping[str, Any]) -> list[StageCost]:
+    from cogvideo_ar.costs import stage_costs
+    from cogvideo_ar.formats import open_folder
+    from cogvideo_ar.options import Options, resolve
+    from shared.config_io import to_plain
+    from shared.runtime import parse_dtype
+
+    config = open_folder(source).config
+    plan = resolve(config, Options())
+    made = {name: getattr(plan, name) for name in ("num_frames", "num_keyframes", "height", "width")}
+    same = _agree(settings, {**made, "sampling": to_plain(plan.sampling)})
+    return stage_costs(config, plan, parse_dtype(settings["dtype"])) if same else []
+
+
+def _cogvideox_costs(source: str, settings: Mapping[str, Any]) -> list[StageCost]:
+    from cogvideox_diff.costs import stage_costs
+    from cogvideox_diff.formats import open_folder
+    from cogvideox_diff.planning import check_request, tasks_of
+    from shared.runtime import parse_dtype
+
+    config = open_folder(source).config
+    if "t2v" not in tasks_of(config):
+        return []
+    plan = check_request(config)
+    size = {name: getattr(plan.geometry, name) for name in ("num_frames", "height", "width")}
+    sampling = {name: getattr(plan.sampling, name) for name in ("num_inference_steps", "guidance_scale")}
+    tiled = bool(settings.get("tiled"))
+    same = _agree(settings, {**size, **sampling})
+    return stage_costs(config, plan, parse_dtype(settings["dtype"]), tiled=tiled) if same else []
+
+
+def _agree(settings: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Was the run made with the model's own settings?"""
+    return "dtype" in settings and all(settings.get(name) == value for name, value in own.items())
+
+
 FAMILIES: dict[str, Callable[[str], VideoGenerator]] = {"cogvideo": _cogvideo, "cogvideox": _cogvideox}
+COSTS: dict[str, Callable[[str, Mapping[str, Any]], list[StageCost]]] = {
+    "cogvideo": _cogvideo_costs,
+    "cogvideox": _cogvideox_costs,
+}
 PRESETS = {
     preset.name: preset
     for preset in (
@@ -77,3 +120,22 @@ def build(name: str) -> VideoGenerator:
 def descriptions(models: Sequence[str] | dict[str, Any]) -> dict[str, str]:
     """A line on each model that the registry knows."""
     return {name: PRESETS[name].description for name in models if name in PRESETS}
+
+
+def cost_models(models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the cost model says of the models of a run.json; those whose configuration is not there, or that
+    were run with other settings than their own, are left out."""
+    from benchmarks.expected import cost_model
+    from shared.runtime import parse_dtype
+
+    found = {}
+    for name, described in models.items():
+        settings = described["settings"]
+        try:
+            preset = resolve(name)
+            stages = COSTS[preset.family](preset.source, settings)
+        except UserError:
+            continue
+        if stages:
+            found[name] = cost_model(stages, parse_dtype(settings["dtype"]))
+    return found

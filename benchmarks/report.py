@@ -1,4 +1,5 @@
-"""Writes what a run found: results.json for programs, report.md for reviews, report.html for people."""
+"""Writes what a run found: results.json for programs, report.md for reviews, report.tex for papers, and
+report.html for people."""
 
 from __future__ import annotations
 
@@ -9,24 +10,34 @@ from typing import Any
 from benchmarks import wording
 from benchmarks.evaluation import evaluate
 from benchmarks.features.files import FeatureFiles
+from benchmarks.latex import latex
 from benchmarks.metrics import METRICS
 from benchmarks.page import render_page
+from benchmarks.published import PUBLISHED
 from benchmarks.storage import RunFolder, read_json
 from shared.files import atomic_path, write_json
 
 Results = Mapping[str, Any]
+REPORTS = ("results.json", "per_item.json", "report.md", "report.tex", "report.html")
 
 
 def write_reports(
-    folder: RunFolder, descriptions: Mapping[str, str] | None = None, files: FeatureFiles | None = None
+    folder: RunFolder,
+    descriptions: Mapping[str, str] | None = None,
+    files: FeatureFiles | None = None,
+    costs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Measure a run from its frames and write all its reports; returns what results.json holds.
 
     `descriptions` adds a line on each model to the page; `files` are used instead of those that the suite
-    names.
+    names; `costs` is what the cost model says of each model's stages (`benchmarks.expected.cost_model`).
     """
-    measured = write_results(folder, evaluate(folder, files))
+    measured = evaluate(folder, files)
+    for name, row in measured["models"].items():
+        row["cost_model"] = dict((costs or {}).get(name, {}))
+    measured = write_results(folder, measured)
     write_text(folder.path / "report.md", markdown(measured))
+    write_text(folder.path / "report.tex", latex(measured))
     write_text(folder.path / "report.html", render_page(folder, measured, descriptions))
     return measured
 
@@ -41,7 +52,7 @@ def write_results(folder: RunFolder, measured: Mapping[str, Any]) -> dict[str, A
 
 def up_to_date(folder: RunFolder) -> bool:
     """Do the reports show this run, measured by these recipes?"""
-    paths = [folder.path / name for name in ("results.json", "per_item.json", "report.md", "report.html")]
+    paths = [folder.path / name for name in REPORTS]
     if not all(path.is_file() for path in paths):
         return False
     recipe, index = read_json(paths[0])["recipe"], folder.read_index()
@@ -67,9 +78,12 @@ def markdown(results: Results) -> str:
         *(["## Differences", difference_table(results)] if results["differences"] else []),
         "## Stages of one video",
         stage_table(results),
+        *(["## What the cost model expects", cost_table(results)] if has_costs(results) else []),
         *(["## Skipped", skipped_list(results)] if results["skipped"] else []),
         "## Notes",
         "\n".join(f"- {note}" for note in results["notes"]) or "None.",
+        "## Published elsewhere: not the same protocol",
+        published_table(),
         "## Repeat it",
         f"```sh\n{results['recipe']['command']}\n```",
     ]
@@ -80,15 +94,13 @@ def metric_table(results: Results) -> str:
     columns = {**results["models"], **results["references"]}
     names = [name for name in METRICS if any(name in row["metrics"] for row in columns.values())]
     rows = [
-        [title_with_unit(name), *(value_cell(name, row["metrics"].get(name)) for row in columns.values())]
+        [
+            wording.titled(METRICS[name]),
+            *(value_cell(name, row["metrics"].get(name)) for row in columns.values()),
+        ]
         for name in names
     ]
     return table(["metric", *columns], rows)
-
-
-def title_with_unit(name: str) -> str:
-    arrow = {"higher": " ↑", "lower": " ↓", "neither": ""}[METRICS[name].better]
-    return f"{METRICS[name].title}{arrow}"
 
 
 def value_cell(name: str, value: Mapping[str, Any] | None) -> str:
@@ -131,12 +143,32 @@ def stage_table(results: Results) -> str:
     )
 
 
+def has_costs(results: Results) -> bool:
+    return any(row["cost_model"] for row in results["models"].values())
+
+
+def cost_table(results: Results) -> str:
+    rows = [
+        [model, stage, f"{cost['steps']} {cost['unit']}", wording.operations(cost["flops"]),
+         *(wording.size(cost[kind]) for kind in ("weight_bytes", "cache_bytes", "work_bytes")),
+         *(wording.seconds(value) for value in cost["least_seconds"].values())]
+        for model, row in results["models"].items()
+        for stage, cost in row["cost_model"].items()
+    ]  # fmt: skip
+    first = next(cost for row in results["models"].values() for cost in row["cost_model"].values())
+    devices = [f"least seconds, {name}" for name in first["least_seconds"]]
+    return table(["model", "stage", "in turn", "work", "weights", "cache", "held at once", *devices], rows)
+
+
 def skipped_list(results: Results) -> str:
     """The metrics that were not measured, by what they need."""
-    groups: dict[str, list[str]] = {}
-    for name, reason in results["skipped"].items():
-        groups.setdefault(reason, []).append(name)
+    groups = wording.skipped(results)
     return "\n".join(f"- {', '.join(names)}: {reason}" for reason, names in groups.items())
+
+
+def published_table() -> str:
+    rows = [[p.model, p.protocol, p.score, p.source, p.conflict or "–"] for p in PUBLISHED]
+    return table(["model", "protocol", "score", "source", "conflict"], rows)
 
 
 def peak_cell(cost: Mapping[str, Any]) -> str:

@@ -40,8 +40,45 @@ def title(name: str) -> str:
     return METRICS[name].title if name in METRICS else name
 
 
+def titled(metric: Metric) -> str:
+    """Its words and an arrow that points to the better end."""
+    return metric.title + {"higher": " ↑", "lower": " ↓", "neither": ""}[metric.better]
+
+
+def operations(value: float) -> str:
+    """Floating-point operations with three figures: 42 FLOP, 3.21 GFLOP, 664 TFLOP."""
+    for unit in ("", "k", "M", "G", "T"):
+        if value < 1000 or unit == "T":
+            return f"{value:,.0f} {unit}FLOP" if value >= 100 else f"{value:.3g} {unit}FLOP"
+        value /= 1000
+    raise AssertionError("unreachable: T takes every number")
+
+
+def parameters(values: Mapping[str, Any]) -> str:
+    """A recipe's parameters in one line; a checksum keeps its first digits."""
+    words = {name: str(value) for name, value in values.items()}
+    words = {name: f"{text[:12]}…" if len(text) == 64 else text for name, text in words.items()}
+    return ", ".join(f"{name} {text}" for name, text in words.items())
+
+
+def skipped(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What a metric needs -> the metrics that were not measured without it."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in results["skipped"].items():
+        groups.setdefault(reason.removeprefix("skipped: "), []).append(name)
+    return groups
+
+
+def seeds(suite: Any) -> str:
+    """The seeds of a suite's videos."""
+    last = suite.seed + suite.num_prompts * suite.num_videos_per_prompt - 1
+    return f"seed {suite.seed}" if last == suite.seed else f"seeds {suite.seed} to {last}"
+
+
 def seconds(value: float) -> str:
-    """A duration with two figures: 85 ms, 0.42 s, 12 s, 3.1 min."""
+    """A duration with two figures: 250 µs, 85 ms, 0.42 s, 12 s, 3.1 min."""
+    if value < 1e-3:
+        return f"{1e6 * value:.0f} µs" if value >= 1e-5 else f"{1e6 * value:.2g} µs"
     if value < 0.1:
         return f"{1000 * value:.2g} ms" if value < 0.01 else f"{1000 * value:.0f} ms"
     if value < 120:

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     folder = RunFolder(path=options.run)
     files = None if options.feature_files is None else FeatureFiles.parse(options.feature_files)
-    results = write_reports(folder, registry.descriptions(folder.read_index()["models"]), files)
+    models = folder.read_index()["models"]
+    results = write_reports(folder, registry.descriptions(models), files, registry.cost_models(models))
     page = folder.path / "report.html"
     say(options, {"ok": True, "report": str(page), "models": results["models"]}, [f"report: {page}"])

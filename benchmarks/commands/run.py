@@ -85,7 +85,8 @@ def finish(suite: Suite, folder: RunFolder, outcome: Outcome, options: argparse.
     """Reports, unless nothing changed; BatchError when items failed."""
     page = folder.path / "report.html"
     if outcome.made or outcome.failed or not up_to_date(folder):
-        write_reports(folder, registry.descriptions(suite.models))
+        costs = registry.cost_models(folder.read_index()["models"])
+        write_reports(folder, registry.descriptions(suite.models), costs=costs)
     counts = {"made": outcome.made, "kept": outcome.kept, "failed": outcome.failed}
     if not (options.json and outcome.failed):  # the error will be the one JSON object
         say(options, {"ok": True, **counts, "report": str(page)}, [outcome.summary, f"report: {page}"])

@@ -20,6 +20,7 @@
   function show() {
     time.value = String(Math.round((1000 * Math.min(moment, longest())) / longest()));
     clock.value = `${Math.min(moment, longest()).toFixed(1)} s`;
+    time.setAttribute("aria-valuetext", clock.value);
   }
 
   function follow(film) {
@@ -46,7 +47,6 @@
     if (next === playing) return;
     playing = next;
     play.textContent = playing ? "Pause" : "Play";
-    play.setAttribute("aria-pressed", String(playing));
     if (!playing) { films.forEach((film) => film.pause()); visible.forEach(place); return; }
     if (moment >= longest()) moment = 0;
     last = performance.now();
@@ -68,12 +68,32 @@
   rate.addEventListener("click", () => {
     speed = rates[(rates.indexOf(speed) + 1) % rates.length];
     rate.textContent = { 1: "1×", 0.5: "½×", 0.25: "¼×" }[speed];
+    rate.setAttribute("aria-label", `Speed: ${rate.textContent}`);
   });
-  time.addEventListener("input", () => {
+  function seek(next) {
     setPlaying(false);
-    moment = (Number(time.value) / 1000) * longest();
+    moment = Math.min(Math.max(next, 0), longest());
     visible.forEach(place);
     show();
+  }
+  time.addEventListener("input", () => seek((Number(time.value) / 1000) * longest()));
+
+  // Keys work while a film is in view, and leave those alone that the focused element has a use for.
+  const frame = 1 / Math.max(...films.map((film) => Number(film.dataset.fps)));
+  const keys = {
+    " ": () => setPlaying(!playing),
+    ArrowLeft: () => seek((Math.round(moment / frame) - 1) * frame),
+    ArrowRight: () => seek((Math.round(moment / frame) + 1) * frame),
+    Home: () => seek(0),
+  };
+  const busy = (target, key) =>
+    target.closest(key === " " ? "button, summary, a" : "pre, .scroll") || target.isContentEditable;
+  document.addEventListener("keydown", (event) => {
+    const act = keys[event.key];
+    if (!act || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+    if (!visible.size || busy(event.target, event.key)) return;
+    event.preventDefault();
+    act();
   });
   if (!matchMedia("(prefers-reduced-motion: reduce)").matches) setPlaying(true);
 })();

@@ -87,7 +87,7 @@ def test_numbers_are_those_of_the_fakes(reported: RunFolder) -> None:
 
 def test_measuring_again_gives_the_same_reports(finished_run: RunFolder, reported: RunFolder) -> None:
     write_reports(finished_run, {"good": "draws what is asked"})
-    for name in ("results.json", "per_item.json", "report.md", "report.html"):
+    for name in ("results.json", "per_item.json", "report.md", "report.tex", "report.html"):
         assert (finished_run.path / name).read_bytes() == (reported.path / name).read_bytes()
 
 
@@ -101,7 +101,7 @@ def test_the_page_asks_the_network_for_nothing(reported: RunFolder) -> None:
         for name, value in attributes.items()
         if name in ("src", "href", "poster", "srcset", "xlink:href")
     ]
-    local = {"results.json", "per_item.json", "report.md"}
+    local = {"results.json", "per_item.json", "report.md", "report.tex"}
     assert all(s and (s.startswith(("data:", "#")) or s in local) for s in sources)
     assert all((reported.path / name).is_file() for name in local)
 
@@ -116,7 +116,7 @@ def test_the_page_is_whole_and_readable_by_all(reported: RunFolder) -> None:
     assert len(ids) == len(set(ids))
     assert page.all("html")[0]["lang"] == "en"
     assert any(m.get("name") == "viewport" for m in page.all("meta"))
-    assert len(page.all("svg")) == 3
+    assert len(page.all("svg")) == 4
 
 
 def test_every_number_opens_its_recipe(reported: RunFolder) -> None:
