@@ -39,16 +39,17 @@ def save_delta(model: ExpertTransformer, base: Mapping[str, Tensor], folder: Pat
 
 
 def apply_delta(base: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The whole transformer's tensors. WeightsError where the file is not for this base."""
-    changes = load_tensors(folder / DELTA)
+    """The whole transformer's tensors; of a base on the meta device, shapes alone. WeightsError where the file is
+    not for this base."""
+    changes = load_tensors(folder / DELTA, device=str(next(iter(base.values())).device))
     tensors = dict(base)
     for name, x in changes.items():
         target = name.removesuffix(DOWN).removesuffix(UP)
         if target not in base:
             raise WeightsError(f"{folder / DELTA} changes {target}, which its base does not have")
+        stored = base[target]
         if name.endswith(DOWN):
-            delta = changes[target + UP].float() @ x.float()
-            tensors[target] = base[target].float() + delta
+            tensors[target] = (stored.float() + changes[target + UP].float() @ x.float()).to(stored.dtype)
         elif not name.endswith(UP):
-            tensors[target] = x
+            tensors[target] = x.to(stored.dtype)
     return tensors

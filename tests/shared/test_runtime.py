@@ -73,7 +73,7 @@ def test_stage_peak_sees_memory_that_is_gone_at_the_end_and_not_what_was_there_b
         time.sleep(0.02)
     with timer.stage("outer"), timer.stage("inner"):
         spent = torch.ones(64 * MEGABYTE // 4)
-        time.sleep(0.05)
+        time.sleep(0.5)  # the watcher gets a turn on a busy machine too
         del spent
     assert timer.stages["idle"].peak_bytes < 16 * MEGABYTE
     for name in ("inner", "outer"):
