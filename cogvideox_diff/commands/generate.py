@@ -253,8 +253,15 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
         if team is not None and team.groups is not None:
             share(pipeline, team.groups)
         _load_adapters(pipeline, adapters, quiet=options.quiet or options.json)
-        given = None if noise is None else Given(noise=noise.latents[None])
-        return Configured(pipeline, call, settings, team, given, chain, getattr(options, "next_prompt", ()))
+        return Configured(
+            pipeline,
+            call,
+            settings,
+            team=team,
+            given=None if noise is None else Given(noise=noise.latents[None]),
+            chain=chain,
+            next_prompts=getattr(options, "next_prompt", ()),
+        )
 
     return Order(
         command=options.command,

@@ -14,10 +14,11 @@ import torch
 
 from cogvideox_diff.__main__ import main
 from cogvideox_diff.codec import decode_video, encode_video
-from cogvideox_diff.formats import open_folder
+from cogvideox_diff.formats import check_weights, open_folder
 from cogvideox_diff.latent_files import LatentFile, read_latents, write_latents
 from cogvideox_diff.pipeline import CogVideoXPipeline
 from shared.checkpoints import save_tensors
+from shared.errors import WeightsError
 from shared.video import Video
 from shared.video_io import read_video
 from tests.cogvideox_diff.tiny_pipeline import PROMPT, clip, make, write_tokenizer
@@ -295,6 +296,20 @@ def test_weights_of_another_model_are_refused_by_their_headers(
     (folder / "config.json").write_text(json.dumps(header | {"dtype": "bfloat16"}))
     said = call(capsys, *x, "--model_path", folder, "--dtype", "float16")
     assert said["exit_code"] == 2 and "legal: bfloat16 (nearest)" in said["reason"]
+
+
+def test_headers_of_a_difference_are_checked_too(models: dict[str, Path], tmp_path: Path) -> None:
+    """A folder that stores what differs from another one: its file names a shape that does not fit."""
+    base = Path(shutil.copytree(models["5b"], tmp_path / "base"))
+    (folder := tmp_path / "other").mkdir()
+    header = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(header | {"base": "../base"}))
+    pair = {"proj_out.weight.lora_A": torch.ones(1, 32), "proj_out.weight.lora_B": torch.ones(16, 1)}
+    save_tensors(pair, folder / "transformer_delta.safetensors")
+    check_weights(open_folder(folder))
+    save_tensors({"proj_out.weight": torch.ones(4, 4)}, folder / "transformer_delta.safetensors")
+    with pytest.raises(WeightsError, match=r"proj_out.weight \[4, 4\] instead of \[16, 32\]"):
+        check_weights(open_folder(folder))
 
 
 def test_generate_fits_frames_and_pads_in_either_place(

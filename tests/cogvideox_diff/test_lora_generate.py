@@ -89,7 +89,9 @@ def test_a_refused_adapter_leaves_the_pipeline_as_it_was(model: Path, adapter: P
 def test_progress_comes_from_the_steps(model: Path) -> None:
     pipeline = CogVideoXPipeline.from_pretrained(model, device="cpu")
     seen: list[float] = []
-    configured = Configured(pipeline, CallSettings(num_inference_steps=4), {"fps": 8.0}, seen.append)
+    configured = Configured(
+        pipeline, CallSettings(num_inference_steps=4), {"fps": 8.0}, on_progress=seen.append
+    )
     configured.generate(GenerationRequest(prompt=PROMPT, seed=0))
     assert seen == [0.25, 0.5, 0.75, 1.0]  # also with guidance, which runs the model on both halves
 
