@@ -39,8 +39,8 @@ def save_delta(model: ExpertTransformer, base: Mapping[str, Tensor], folder: Pat
 
 
 def apply_delta(base: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The whole transformer's tensors; of a base on the meta device, shapes alone. WeightsError where the file
-    is not for this base."""
+    """The whole transformer's tensors, in the base's types and on its device ("meta": shapes alone).
+    WeightsError where the file is not for this base."""
     changes = load_tensors(folder / DELTA, device=str(next(iter(base.values())).device))
     tensors = dict(base)
     for name, x in changes.items():
