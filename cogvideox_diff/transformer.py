@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,15 @@ from shared.attention import attend
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, N, S, D] -> [B, N, S, D]
 Rope = tuple[Tensor, Tensor]
+
+
+class Packing(Protocol):
+    """Samples of different sizes as one row: whose a token is, and who sees whom (`training.pack`)."""
+
+    text_owner: Tensor  # int64 [L]: rows of the embedding
+    video_owner: Tensor  # int64 [V]
+
+    def attend(self, q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor: ...
 
 
 class PatchEmbed(nn.Module):
@@ -77,14 +87,25 @@ class ExpertAdaLayerNorm(nn.Module):
         self.video = nn.Linear(config.time_embed_dim, 3 * width)  # shift, scale, gate
         self.text = nn.Linear(config.time_embed_dim, 3 * width)
 
-    def forward(self, text_BLD: Tensor, video_BVD: Tensor, emb_BE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (joint [B, L + V, D], gate of the text [B, 1, D], gate of the video [B, 1, D])."""
-        emb_B1E = F.silu(emb_BE)[:, None]
-        text_shift, text_scale, text_gate = self.text(emb_B1E).chunk(3, dim=-1)
-        video_shift, video_scale, video_gate = self.video(emb_B1E).chunk(3, dim=-1)
+    def forward(
+        self, text_BLD: Tensor, video_BVD: Tensor, emb_BE: Tensor, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (joint [B, L + V, D], gate of the text [B, 1, D], gate of the video [B, 1, D]); packed, the
+        gates are those of every token, [1, L, D] and [1, V, D]."""
+        emb_BE = F.silu(emb_BE)
+        text_BD, video_BD = self.text(emb_BE), self.video(emb_BE)
+        text_shift, text_scale, text_gate = _per_token(text_BD, packing and packing.text_owner)
+        video_shift, video_scale, video_gate = _per_token(video_BD, packing and packing.video_owner)
         text = self.norm(text_BLD) * (1 + text_scale) + text_shift
         video = self.norm(video_BVD) * (1 + video_scale) + video_shift
         return torch.cat([text, video], dim=1), text_gate, video_gate
+
+
+def _per_token(modulation_BD: Tensor, owner_S: Tensor | None, parts: int = 3) -> tuple[Tensor, ...]:
+    """Parts [B, 1, D] for all tokens of a row, or each token's own [1, S, D]."""
+    if owner_S is None:
+        return modulation_BD[:, None].chunk(parts, dim=-1)
+    return modulation_BD[owner_S][None].chunk(parts, dim=-1)
 
 
 class Attention(nn.Module):
@@ -102,7 +123,7 @@ class Attention(nn.Module):
         self.norm_k = nn.LayerNorm(config.head_dim, eps=config.qk_norm_eps)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x_BSD: Tensor, rope: Rope | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: Rope | None, packing: Packing | None = None) -> Tensor:
         q_BNSD, k_BNSD, v_BNSD = (
             linear(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for linear in (self.q, self.k, self.v)
@@ -110,7 +131,8 @@ class Attention(nn.Module):
         q_BNSD, k_BNSD = self.norm_q(q_BNSD), self.norm_k(k_BNSD)
         if rope is not None:
             q_BNSD, k_BNSD = rotate(q_BNSD, rope), rotate(k_BNSD, rope)
-        out_BNSD = self.attend(q_BNSD, k_BNSD, v_BNSD)
+        attend = self.attend if packing is None else packing.attend
+        out_BNSD = attend(q_BNSD, k_BNSD, v_BNSD)
         return self.out(out_BNSD.transpose(1, 2).flatten(2))
 
 
@@ -137,13 +159,18 @@ class ExpertBlock(nn.Module):
         self.mlp = MLP(config.hidden_dim, config.mlp_ratio)
 
     def forward(
-        self, text_BLD: Tensor, video_BVD: Tensor, emb_BE: Tensor, rope: Rope | None
+        self,
+        text_BLD: Tensor,
+        video_BVD: Tensor,
+        emb_BE: Tensor,
+        rope: Rope | None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        joint_BSD, text_gate, video_gate = self.norm1(text_BLD, video_BVD, emb_BE)
-        text, video = _cut(self.attn(joint_BSD, rope), text_BLD)
+        joint_BSD, text_gate, video_gate = self.norm1(text_BLD, video_BVD, emb_BE, packing)
+        text, video = _cut(self.attn(joint_BSD, rope, packing), text_BLD)
         text_BLD, video_BVD = text_BLD + text_gate * text, video_BVD + video_gate * video
 
-        joint_BSD, text_gate, video_gate = self.norm2(text_BLD, video_BVD, emb_BE)
+        joint_BSD, text_gate, video_gate = self.norm2(text_BLD, video_BVD, emb_BE, packing)
         text, video = _cut(self.mlp(joint_BSD), text_BLD)
         return text_BLD + text_gate * text, video_BVD + video_gate * video
 
@@ -172,8 +199,9 @@ class FinalNorm(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_dim, eps=config.final_norm_eps)
         self.modulation = nn.Linear(config.time_embed_dim, 2 * config.hidden_dim)
 
-    def forward(self, video_BVD: Tensor, emb_BE: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(emb_BE))[:, None].chunk(2, dim=-1)
+    def forward(self, video_BVD: Tensor, emb_BE: Tensor, packing: Packing | None = None) -> Tensor:
+        modulation_BD = self.modulation(F.silu(emb_BE))
+        shift, scale = _per_token(modulation_BD, packing and packing.video_owner, parts=2)
         return self.norm(video_BVD) * (1 + scale) + shift
 
 
@@ -277,15 +305,20 @@ class ExpertTransformer(nn.Module):
         return angles.cos(), angles.sin()
 
     def run_blocks(
-        self, text_BLD: Tensor, video_BVD: Tensor, emb_BE: Tensor, rope: Rope | None
+        self,
+        text_BLD: Tensor,
+        video_BVD: Tensor,
+        emb_BE: Tensor,
+        rope: Rope | None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
         for block in self.blocks:
-            text_BLD, video_BVD = block(text_BLD, video_BVD, emb_BE, rope)
+            text_BLD, video_BVD = block(text_BLD, video_BVD, emb_BE, rope, packing)
         return text_BLD, video_BVD
 
-    def head(self, video_BVD: Tensor, emb_BE: Tensor) -> Tensor:
+    def head(self, video_BVD: Tensor, emb_BE: Tensor, packing: Packing | None = None) -> Tensor:
         """Video tokens -> patches [B, V, C_out * t * h * w]."""
-        return self.proj_out(self.norm_out(self.norm_final(video_BVD), emb_BE))
+        return self.proj_out(self.norm_out(self.norm_final(video_BVD), emb_BE, packing))
 
     # ---- initialisation
 
