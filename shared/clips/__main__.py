@@ -1,4 +1,4 @@
-"""Make training data: `python -m shared.clips shapes --output_path clips` draws clips of the demo world."""
+"""Make and check training data: `python -m shared.clips check --input_path clips` looks at every clip."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ PROGRAM = Program(
     package="shared.clips",
     description=__doc__,
     verbs={
+        "check": "find clips that are unreadable, short, static, duplicated or without a caption",
+        "filter": "list the clips that keep bounds on motion, cuts, size, length and caption",
         "shapes": "write clips of the demo world with their captions",
     },
 )

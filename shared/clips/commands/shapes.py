@@ -20,6 +20,7 @@ from shared.video_io import write_video
 
 Format = Literal["mp4", "mkv"]
 OUR_FILES = {"metadata.jsonl", "prompts.txt", "videos.txt", "videos"}
+BESIDE = {"scores.jsonl", "check.json"}  # what other verbs write beside the clips by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def _keep_foreign_folders(folder: Path) -> None:
     """Overwriting removes the folder, so it must be empty or one of ours."""
     if folder.is_file():
         raise OutputPathError(f"{folder} is a file; the clips need a folder")
-    if folder.is_dir() and (foreign := {path.name for path in folder.iterdir()} - OUR_FILES):
+    if folder.is_dir() and (foreign := {path.name for path in folder.iterdir()} - OUR_FILES - BESIDE):
         raise OutputPathError(f"{folder} holds other files ({min(foreign)}); choose another folder")
 
 

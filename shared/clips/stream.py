@@ -1,0 +1,168 @@
+"""Batches of samples as a function of (seed, step): by how many processes they are read makes no difference.
+
+A batch of a step is dealt out to the data parallel ranks, so that no sample is seen twice in an epoch. All of
+its samples belong to one group (say, one size), on every rank the same. Worker processes read ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from shared.errors import BatchError, SettingError, UserError
+
+Tails = Literal["drop", "keep"]
+
+
+class Samples(Protocol):
+    """What can be read by number; UserError for a sample that cannot."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which samples a step reads. `groups` has an entry per sample; `batch_size` is that of one rank.
+
+    Every epoch draws a new order from (seed, epoch) alone. What does not fill a batch of all ranks waits for
+    another epoch's luck ("drop"), or makes a smaller batch ("keep", for one rank). SettingError where a group
+    would never be seen.
+    """
+
+    groups: Sequence[Hashable]
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    tails: Tails = "drop"
+    _last: dict[int, list[list[int]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or not 0 <= self.rank < self.world_size or self.seed < 0:
+            raise SettingError(
+                f"batch_size must be at least 1, rank in 0..{self.world_size - 1} and seed not negative, "
+                f"got {self.batch_size}, {self.rank} and {self.seed}"
+            )
+        if self.tails == "keep" and self.world_size > 1:
+            raise SettingError("smaller batches at the end of an epoch (tails='keep') are for one rank only")
+        small = [g for g, places in self._members.items() if len(places) < self._whole]
+        if not self.groups or (small and self.tails == "drop"):
+            named = f"; {small[0]} has {len(self._members[small[0]])}" if small else ""
+            raise SettingError(f"every group needs {self._whole} samples for a batch of all ranks{named}")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, keep = self._whole, self.tails == "keep"
+        return sum(
+            -(-len(places) // whole) if keep else len(places) // whole for places in self._members.values()
+        )
+
+    def batch(self, step: int) -> list[int]:
+        """This rank's samples of a step, which may be any number from 0 on."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[place][self.rank :: self.world_size]
+
+    @property
+    def _whole(self) -> int:
+        return self.batch_size * self.world_size
+
+    @cached_property
+    def _members(self) -> dict[Hashable, list[int]]:
+        members: dict[Hashable, list[int]] = {}
+        for place, group in enumerate(self.groups):
+            members.setdefault(group, []).append(place)
+        return members
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Batches of all ranks together, in their order; the last epoch asked for is kept."""
+        if epoch not in self._last:
+            rng = np.random.default_rng([self.seed, epoch])
+            batches = []
+            for places in self._members.values():
+                mixed = [places[i] for i in rng.permutation(len(places))]
+                cut = [mixed[i : i + self._whole] for i in range(0, len(mixed), self._whole)]
+                batches += [b for b in cut if self.tails == "keep" or len(b) == self._whole]
+            self._last.clear()
+            self._last[epoch] = [batches[i] for i in rng.permutation(len(batches))]
+        return self._last[epoch]
+
+
+@dataclass(kw_only=True)
+class ClipStream:
+    """Batches from `start_step` on, without end: pairs of the step and tensors stacked over the samples.
+
+    A sample that cannot be read is replaced by the next one of its batch, so that batches keep their size;
+    `skipped` tells its number and why. BatchError where a whole batch cannot be read.
+    """
+
+    samples: Samples
+    plan: BatchPlan
+    start_step: int = 0
+    num_workers: int = 0
+    skipped: dict[int, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        loader = DataLoader(
+            _Readable(self.samples),
+            batch_sampler=_Steps(self.plan, self.start_step),
+            num_workers=self.num_workers,
+            collate_fn=list,
+        )
+        for step, read in enumerate(loader, self.start_step):
+            self.skipped |= {place: reason for place, sample, reason in read if sample is None}
+            good = [sample for _, sample, _ in read if sample is not None]
+            if not good:
+                raise BatchError(f"no sample of step {step} can be read: {read[0][2]}")
+            yield step, stacked(_replaced([sample for _, sample, _ in read], good))
+
+
+def stacked(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of the samples along a new first axis."""
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def _replaced(samples: Sequence[dict[str, Tensor] | None], good: Sequence[dict[str, Tensor]]) -> list[Any]:
+    """Every hole takes the next sample that is there, round the end."""
+    result: list[Any] = list(samples)
+    for place in reversed(range(len(result))):
+        if result[place] is None:
+            result[place] = result[place + 1] if place + 1 < len(result) else good[0]
+    return result
+
+
+class _Steps(Sampler[list[int]]):
+    """The plan as a loader reads it."""
+
+    def __init__(self, plan: BatchPlan, start: int) -> None:
+        self.plan, self.start = plan, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start
+        while True:
+            yield self.plan.batch(step)
+            step += 1
+
+
+class _Readable(Dataset):
+    """(number, sample or None, reason): errors of a file do not end a worker."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, place: int) -> tuple[int, dict[str, Tensor] | None, str]:
+        try:
+            return place, self.samples[place], ""
+        except UserError as error:
+            return place, None, str(error)

@@ -1,0 +1,92 @@
+"""Batches are a function of seed and step, whatever reads them."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.clips.stream import BatchPlan, ClipStream
+from shared.errors import BatchError, SettingError, UserError
+
+GROUPS = ["wide"] * 11 + ["high"] * 7
+
+
+class Numbered:
+    """Samples that say their number; those in `bad` cannot be read."""
+
+    def __init__(self, count: int, bad: frozenset[int] = frozenset()) -> None:
+        self.count, self.bad = count, bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        if place in self.bad:
+            raise UserError(f"sample {place} is damaged")
+        return {"number": torch.tensor(place), "square": torch.tensor([place, place**2])}
+
+
+def read(stream: ClipStream, steps: int) -> list[tuple[int, list[int]]]:
+    return [(step, batch["number"].tolist()) for step, batch in islice(iter(stream), steps)]
+
+
+def test_worker_processes_change_nothing() -> None:
+    plan = BatchPlan(GROUPS, 2, seed=3)
+    alone = read(ClipStream(samples=Numbered(18), plan=plan), 20)
+    assert read(ClipStream(samples=Numbered(18), plan=plan, num_workers=2), 20) == alone
+    assert alone == [(step, plan.batch(step)) for step in range(20)]
+    assert read(ClipStream(samples=Numbered(18), plan=plan, start_step=13), 7) == alone[13:]
+    assert alone != read(ClipStream(samples=Numbered(18), plan=BatchPlan(GROUPS, 2, seed=4)), 20)
+
+
+def test_an_epoch_sees_every_sample_once_and_batches_have_one_group() -> None:
+    plan = BatchPlan(GROUPS, 2, seed=1, tails="keep")
+    epochs = [[plan.batch(step + start) for step in range(10)] for start in (0, 10)]
+    assert plan.steps_per_epoch == 10
+    for epoch in epochs:
+        assert sorted(chain(*epoch)) == list(range(18))
+        assert all(len({GROUPS[i] for i in batch}) == 1 for batch in epoch)
+    assert epochs[0] != epochs[1]
+
+
+def test_ranks_share_a_batch_of_one_group_and_no_sample() -> None:
+    plans = [BatchPlan(GROUPS, 2, seed=5, rank=rank, world_size=3) for rank in range(3)]
+    assert plans[0].steps_per_epoch == 2  # 1 of 11 // 6 and 1 of 7 // 6
+    whole = BatchPlan(GROUPS, 6, seed=5)
+    for start in range(0, 10, 2):
+        seen: list[int] = []
+        for step in (start, start + 1):
+            parts = [plan.batch(step) for plan in plans]
+            assert all(len(part) == 2 for part in parts)
+            assert len({GROUPS[i] for part in parts for i in part}) == 1
+            assert sorted(chain(*parts)) == sorted(whole.batch(step))  # as one rank would have read
+            seen += chain(*parts)
+        assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damaged_samples_are_replaced_and_told(num_workers: int) -> None:
+    plan = BatchPlan(["one"] * 9, 3, seed=2)
+    bad = frozenset({plan.batch(0)[1], plan.batch(1)[2], plan.batch(1)[0]})
+    stream = ClipStream(samples=Numbered(9, bad), plan=plan, num_workers=num_workers)
+    (_, first), (_, second) = read(stream, 2)
+    one, other = plan.batch(0), plan.batch(1)
+    assert first == [one[0], one[2], one[2]]
+    assert second == [other[1]] * 3
+    assert bad <= stream.skipped.keys() and stream.skipped[one[1]] == f"sample {one[1]} is damaged"
+    with pytest.raises(BatchError, match="no sample of step 0 can be read"):
+        read(ClipStream(samples=Numbered(9, frozenset(range(9))), plan=plan), 1)
+
+
+def test_plans_that_would_never_see_a_sample_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"every group needs 8 samples .*; high has 7"):
+        BatchPlan(GROUPS, 4, world_size=2)
+    with pytest.raises(SettingError, match="for one rank only"):
+        BatchPlan(GROUPS, 2, world_size=2, tails="keep")
+    with pytest.raises(SettingError, match=r"rank in 0\.\.1"):
+        BatchPlan(GROUPS, 2, rank=2, world_size=2)
+    with pytest.raises(SettingError, match="every group needs 2 samples"):
+        BatchPlan([], 2)
