@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
-from benchmarks.fairness import difference, video_words
+from benchmarks.fairness import difference, unlike
 from benchmarks.metrics import METRICS
 from benchmarks.storage import RunFolder, read_json
 from shared.errors import SettingError
@@ -87,9 +87,8 @@ def key(item: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def unlike_rows(rows: list[Mapping[str, Any]]) -> str:
-    """How the two models' videos differ in rate or size, or ""."""
+    """How the two models' videos differ in rate, size or duration, or ""."""
     videos = [row["video"] for row in rows]
     if None in videos:
         return "the videos of one model differ among themselves"
-    steps = [[video[side] for side in ("fps", "width", "height")] for video in videos]
-    return "" if steps[0] == steps[1] else f"the videos are {' against '.join(map(video_words, videos))}"
+    return unlike([{"video": videos[0]}], [{"video": videos[1]}])

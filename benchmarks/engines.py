@@ -1,22 +1,24 @@
 """Who makes the items of a run: this process, the processes of torchrun, or the workers of a Ray cluster.
 
-All share one folder. Items are idempotent, so a worker that died leaves only what another has still to make.
+All share one folder and agree through it (`benchmarks.claims`): nothing is made twice, and what a dead worker
+held is made by another.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from benchmarks.runner import Build, Outcome, Worker, make_share, run_suite, write_index
+from benchmarks.claims import Claims
+from benchmarks.runner import Build, conclude, make_share, run_suite
 from benchmarks.storage import RunFolder
 from benchmarks.suites import Suite, one_of
-from shared.errors import SettingError
+from benchmarks.work import Outcome
+from shared.errors import SettingError, UserError
 
 ENGINES = ("local", "torchrun", "ray")
 RETRIES = 3  # of a share whose Ray worker died
@@ -38,39 +40,29 @@ def run_with(
             return run_suite(suite, folder, build=build, quiet=quiet)
 
 
-def merged(outcomes: Iterable[Outcome]) -> Outcome:
-    """The sum of what the workers did."""
-    total = Outcome()
-    for outcome in outcomes:
-        total = replace(
-            total,
-            made=total.made + outcome.made,
-            kept=total.kept + outcome.kept,
-            remade=total.remade + outcome.remade,
-            failed=total.failed | outcome.failed,
-            models=total.models | outcome.models,
-        )
-    return total
-
-
 def _torchrun(suite: Suite, folder: RunFolder, build: Build, quiet: bool) -> Outcome | None:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         raise SettingError(
             "engine torchrun: start it as `torchrun --nproc_per_node N -m benchmarks run SUITE`"
         )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     dist.init_process_group("gloo")
     try:
-        worker = Worker(index=dist.get_rank(), count=dist.get_world_size())
-        own = make_share(suite, folder, build=build, worker=worker, quiet=quiet or worker.index > 0)
-        outcomes: list[Any] = [None] * worker.count
-        dist.all_gather_object(outcomes, own)
+        first = dist.get_rank() == 0
+        with Claims(folder.path, run=_common_run()) as claims:
+            dist.barrier()  # all are known before the first can be done
+            make_share(suite, folder, build=build, claims=claims, quiet=quiet or not first)
+            return conclude(suite, folder, claims) if first else None
     finally:
         dist.destroy_process_group()
-    if worker.index > 0:
-        return None
-    total = merged(outcomes)
-    write_index(suite, folder, total)
-    return total
+
+
+def _common_run() -> str:
+    """The first process's word for what all do together."""
+    said: list[str] = [os.urandom(16).hex()]
+    dist.broadcast_object_list(said)
+    return said[0]
 
 
 def _ray(suite: Suite, folder: RunFolder, build: Build, workers: int) -> Outcome:
@@ -78,15 +70,33 @@ def _ray(suite: Suite, folder: RunFolder, build: Build, workers: int) -> Outcome
         import ray  # pyright: ignore[reportMissingImports]  (an optional extra)
     except ImportError as error:
         raise SettingError("engine ray needs the extra `ray` (pip install 'cogvideo-lab[ray]')") from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+    ours = not ray.is_initialized()
+    if ours:  # joins the cluster that RAY_ADDRESS names, else starts one on this machine
+        local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, **local)
+    try:
+        return _on_cluster(ray, suite, folder, build, workers)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _on_cluster(ray: Any, suite: Suite, folder: RunFolder, build: Build, workers: int) -> Outcome:
     path = Path(folder.path).resolve()  # the workers start elsewhere
+    gpus = 1 if ray.cluster_resources().get("GPU") else 0
 
-    @ray.remote(max_retries=RETRIES)
-    def share(index: int) -> Outcome:
-        worker = Worker(index=index, count=workers)
-        return make_share(suite, RunFolder(path=path), build=build, worker=worker, quiet=True)
+    @ray.remote(max_retries=RETRIES, num_gpus=gpus)
+    def share(run: str) -> None:
+        with Claims(path, run=run) as claims:
+            make_share(suite, RunFolder(path=path), build=build, claims=claims, quiet=True)
 
-    total = merged(ray.get([share.remote(index) for index in range(workers)]))
-    write_index(suite, folder, total)
-    return total
+    with Claims(folder.path) as claims:
+        try:
+            ray.get([share.remote(claims.run) for _ in range(workers)])
+        except ray.exceptions.RayTaskError as error:  # of our own code: the cause says it in one line
+            raise error.cause if isinstance(error.cause, UserError) else error from None
+        except ray.exceptions.WorkerCrashedError as error:
+            raise UserError(
+                f"a Ray worker died {RETRIES + 1} times; what was finished is kept: run it again"
+            ) from error
+        return conclude(suite, folder, claims)

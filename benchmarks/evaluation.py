@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
-from benchmarks.fairness import multiple_comparisons, notes, paired, set_difference
+from benchmarks.fairness import multiple_comparisons, notes, paired, set_difference, through_window
 from benchmarks.features.files import FeatureFiles
 from benchmarks.features.instruments import Instruments, load_instruments
 from benchmarks.metrics import METRICS, Metric, RefusedError, cost, diagnostics, reconstruction
@@ -17,6 +18,7 @@ from benchmarks.sets import SetScore, VideoSet, score_sets
 from benchmarks.statistics import GROUPS, LEVEL, RESAMPLES, by_prompt, mean_interval
 from benchmarks.storage import RunFolder, load_frames, sidecars
 from benchmarks.suites import Suite, items, suite_from
+from shared.errors import UserError
 from shared.video import Video
 
 TRUTH = "ground truth"
@@ -28,7 +30,8 @@ class Measured:
     """One row of the comparison: a value of each metric for each item, and why a metric has none.
 
     `values` maps metric -> item id -> value; `items` says of each item which prompt it shows, and in "pair"
-    what must be equal for another row's item to be its pair; `sets` holds metrics of all videos together.
+    what must be equal for another row's item to be its pair; `sets` holds metrics of all videos together;
+    `damaged` items have frames that cannot be read, or are not those that were written.
     """
 
     name: str
@@ -37,6 +40,15 @@ class Measured:
     values: dict[str, dict[str, float]] = field(default_factory=dict)
     items: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+
+    def frames(self, folder: Path, sidecar: dict[str, Any], name: str) -> Video | None:
+        """The frames of an item; None where they are damaged, which is noted."""
+        try:
+            return load_frames(folder, sidecar)
+        except UserError as error:
+            self.damaged[name] = f"{type(error).__name__}: {error}"
+            return None
 
     def add(self, item: dict[str, Any], family: str, measure: Callable[[], dict[str, float]]) -> None:
         """Take the values of one item, or the reason there are none."""
@@ -73,7 +85,7 @@ def evaluate(folder: RunFolder, files: FeatureFiles | None = None) -> dict[str, 
     """Measure a run: the content of results.json, with per-item values under "items". `files` are used
     instead of those that the suite names.
 
-    Raises SettingError when the folder is no run or frames are not those of their sidecar.
+    Items whose frames are damaged are left out and listed under "failed". SettingError: the folder is no run.
     """
     index = folder.read_index()
     suite = suite_from({**index["suite"]})
@@ -84,15 +96,25 @@ def evaluate(folder: RunFolder, files: FeatureFiles | None = None) -> dict[str, 
         name: measure_model(folder, suite, name, index["models"][name], tools, true_set)
         for name in suite.models
     }
-    films = {name: finished_videos(folder, suite, name, index["models"][name]) for name in suite.models}
-    differences = paired(rows, films, tools.metrics) + set_differences(rows, films, tools.metrics)
-    told = [*notes(suite, rows, films, index["failed"]), *multiple_comparisons(differences)]
+    films = {
+        name: [
+            sidecar
+            for sidecar in finished_videos(folder, suite, name, index["models"][name])
+            if f"{name}/{sidecar['id']}" not in rows[name].damaged
+        ]
+        for name in suite.models
+    }
+    seen = {name: through_window(suite, sidecars) for name, sidecars in films.items()}
+    differences = paired(rows, seen, tools.metrics) + set_differences(rows, seen, tools.metrics)
+    failed = index["failed"] | truth.damaged | {k: v for row in rows.values() for k, v in row.damaged.items()}
+    told = [*notes(suite, rows, films, failed), *multiple_comparisons(differences)]
     return {
         "recipe": recipe(suite, index, tools.metrics),
-        "models": {name: model_result(rows[name], films[name], index["models"][name]) for name in rows},
+        "models": {name: model_result(rows[name], seen[name], index["models"][name]) for name in rows},
         "references": {TRUTH: {"metrics": truth.summary()}} if truth.values else {},
         "differences": differences,
         "notes": told,
+        "failed": failed,
         "skipped": tools.skipped,
         "items": {name: per_item(row) for name, row in rows.items()},
     }
@@ -109,9 +131,10 @@ def measure_model(
     """All metrics of one model: its videos, its cost, its codec, its distances from true clips."""
     row, made = Measured(name=model, metrics=tools.metrics), VideoSet(name=model)
     for sidecar in finished_videos(folder, suite, model, described):
-        video = load_frames(folder.videos(model), sidecar)
-        measure_video(row, sidecar, video, tools)
-        made.add(tools.nets, sidecar["prompt_index"], video)
+        video = row.frames(folder.videos(model), sidecar, f"{model}/{sidecar['id']}")
+        if video is None:
+            continue
+        measure_look(row, made, suite, sidecar, video, tools)
         row.add(sidecar, "cost", lambda sidecar=sidecar: cost.measure(sidecar))
     if described["codec"] is None:
         row.refused[reconstruction.NAME] = "the model shows the benchmark no codec"
@@ -119,6 +142,24 @@ def measure_model(
     measure_diagnostics(row, folder, suite, model, described)
     measure_sets(row, suite, (made, truth, coded), tools)
     return row
+
+
+def measure_look(
+    row: Measured,
+    seen: VideoSet,
+    suite: Suite,
+    sidecar: dict[str, Any],
+    video: Video,
+    tools: Instruments,
+) -> None:
+    """What is measured of a video's frames, as seen through the suite's window."""
+    try:
+        look = video if suite.window is None else suite.window.look(video)
+    except RefusedError as reason:
+        row.refused["window"] = str(reason)
+        return
+    measure_video(row, sidecar, look, tools)
+    seen.add(tools.nets, sidecar["prompt_index"], look)
 
 
 def measure_sets(
@@ -168,7 +209,10 @@ def measure_codec(
     for made in sidecars(target, list(clips)):
         clip = clips[made["id"]]
         if made["settings_hash"] == clip_hash(described["settings_hash"], clip):
-            video, truth = load_frames(target, made), load_frames(folder.clips, clip)
+            video = row.frames(target, made, f"{model}/codec/{made['id']}")
+            truth = row.frames(folder.clips, clip, f"clip {clip['id']}")
+            if video is None or truth is None:
+                continue
             named = {**made, "id": f"clip {made['id']}", "pair": clip["frames_sha256"]}
             row.add(named, reconstruction.NAME, _reconstruction(video, truth, clip["prompt"], tools))
             if has_truth(suite):
@@ -206,9 +250,10 @@ def measure_truth(folder: RunFolder, suite: Suite, tools: Instruments) -> tuple[
     row, clips = Measured(name=TRUTH, metrics=tools.metrics), VideoSet(name=TRUTH)
     if has_truth(suite):
         for clip in sidecars(folder.clips, clip_names(suite)[: suite.num_prompts]):
-            video = load_frames(folder.clips, clip)
-            measure_video(row, {**clip, "pair": clip["frames_sha256"]}, video, tools)
-            clips.add(tools.nets, clip["prompt_index"], video)
+            video = row.frames(folder.clips, clip, f"clip {clip['id']}")
+            if video is not None:
+                named = {**clip, "pair": clip["frames_sha256"]}
+                measure_look(row, clips, suite, named, video, tools)
     return row, clips
 
 
@@ -216,7 +261,7 @@ def finished_videos(
     folder: RunFolder, suite: Suite, model: str, described: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Sidecars of the suite's items that were made with the settings that run.json states."""
-    hashes = {item.id: item_hash(described["settings_hash"], item) for item in items(suite)}
+    hashes = {item.id: item_hash(described["settings_hash"], item) for item in items(suite, model)}
     found = sidecars(folder.videos(model), list(hashes))
     return [
         {**sidecar, "pair": f"seed {sidecar['seed']}"}

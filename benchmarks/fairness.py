@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any, Protocol
 
-from benchmarks.metrics import METRICS, Metric, RefusedError
+from benchmarks.metrics import METRICS, Metric, RefusedError, cost, diagnostics, reconstruction
 from benchmarks.sets import SetScore
 from benchmarks.statistics import Interval, holm, normal_p, paired_difference
 from benchmarks.suites import Suite
@@ -15,6 +15,9 @@ from benchmarks.suites import Suite
 FEW_PROMPTS = 16  # below, a difference must be very large for its interval to exclude zero
 
 MIN_PAIRS = 6  # fewer pairs, all of one sign, are still within chance at 5 % (sign test)
+
+# of the same true clips for every model, or the cost of a video as it was made: no window matters
+WINDOWLESS = {metric.name for metric in (*reconstruction.METRICS, *diagnostics.METRICS, *cost.METRICS)}
 
 Films = Sequence[Mapping[str, Any]]
 
@@ -59,8 +62,8 @@ def difference(
         "recipe": metric.recipe_line,
     }
     common = sorted(values[0].keys() & values[1].keys())
-    if metric.per_frame_step and unlike_videos:
-        return {**entry, "refused": f"{metric.title} depends on the step between frames; {unlike_videos}"}
+    if reason := refusal(metric, unlike_videos):
+        return {**entry, "refused": reason}
     if not common:
         return {**entry, "refused": "the two share no prompt"}
     first, second = ([v[index] for index in common] for v in values)
@@ -73,8 +76,8 @@ def set_difference(
 ) -> dict[str, Any]:
     """The same for one number per set of videos: never between sets of other prompts, lengths or rates."""
     entry = {"a": names[0], "b": names[1], "metric": metric.name, "recipe": metric.recipe_line}
-    if metric.per_frame_step and (reason := unlike(*films)):
-        return {**entry, "refused": f"{metric.title} depends on the step between frames; {reason}"}
+    if reason := refusal(metric, unlike(*films)):
+        return {**entry, "refused": reason}
     try:
         interval = first.minus(second)
     except RefusedError as reason:
@@ -111,23 +114,53 @@ def verdict(metric: Metric, names: tuple[str, str], interval: Interval) -> str:
     return f"{higher if metric.better == 'higher' else lower} is better"
 
 
+def refusal(metric: Metric, unlike_videos: str) -> str:
+    """Why values of unlike videos do not belong in one column, or ""."""
+    if not unlike_videos or metric.name in WINDOWLESS:
+        return ""
+    if metric.per_frame_step:
+        return f"{metric.title} depends on the step between frames; {unlike_videos}"
+    if "last" in unlike_videos:
+        return f"the windows differ: {unlike_videos}; state a common window (--window)"
+    return ""
+
+
 def unlike(first: Films, second: Films) -> str:
-    """How the videos of two models differ in rate or size, or "". Length changes no step between frames."""
-    seen = [
+    """How the videos of two models differ in rate, size or duration, or ""."""
+    kinds = [
         {(s["video"]["fps"], s["video"]["width"], s["video"]["height"]) for s in films}
         for films in (first, second)
     ]
-    if seen[0] == seen[1] or not all(seen):
+    spans = [{round(s["video"]["frames"] / s["video"]["fps"], 3) for s in films} for films in (first, second)]
+    if not all(kinds):
         return ""
-    words = [" and ".join(f"{w}x{h} at {fps:g} fps" for fps, w, h in sorted(kinds)) for kinds in seen]
-    return f"the videos are {words[0]} against {words[1]}"
+    found = []
+    if kinds[0] != kinds[1]:
+        words = [" and ".join(f"{w}x{h} at {fps:g} fps" for fps, w, h in sorted(kind)) for kind in kinds]
+        found.append(f"the videos are {words[0]} against {words[1]}")
+    if spans[0] != spans[1]:
+        words = [" and ".join(f"{seconds:g} s" for seconds in sorted(span)) for span in spans]
+        found.append(f"the videos last {words[0]} against {words[1]}")
+    return "; ".join(found)
+
+
+def through_window(suite: Suite, films: Films) -> list[dict[str, Any]]:
+    """Sidecars with the video as it is measured: where the suite has a window, not the one that was made."""
+    if suite.window is None:
+        return [{**sidecar} for sidecar in films]
+    window = suite.window
+    seen = {"frames": window.num_frames, "fps": window.fps, "height": window.height, "width": window.width}
+    return [{**sidecar, "video": seen} for sidecar in films]
 
 
 def notes(
     suite: Suite, rows: Mapping[str, Row], films: Mapping[str, Films], failed: Mapping[str, str]
 ) -> list[str]:
     """What a reader must know before reading the numbers."""
-    found = [*unequal_videos(films), *missing_videos(suite, films), *mixed_machines(films)]
+    found = [*unequal_videos(films)]
+    if suite.window is not None:
+        found.append(f"every video is measured through one window: {suite.window.words}")
+    found += [*missing_videos(suite, films), *mixed_machines(films)]
     found += [
         f"{name}: {metric} refused: {reason}"
         for name, row in rows.items()

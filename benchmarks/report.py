@@ -14,7 +14,8 @@ from benchmarks.latex import latex
 from benchmarks.metrics import METRICS
 from benchmarks.page import render_page
 from benchmarks.published import PUBLISHED
-from benchmarks.storage import RunFolder, read_json
+from benchmarks.runner import note_damaged
+from benchmarks.storage import RunFolder, read_imported, read_json, state
 from shared.files import atomic_path, write_json
 
 Results = Mapping[str, Any]
@@ -35,11 +36,12 @@ def write_reports(
     measured = evaluate(folder, files)
     for name, row in measured["models"].items():
         row["cost_model"] = dict((costs or {}).get(name, {}))
-    measured = write_results(folder, measured)
+    note_damaged(folder, measured["failed"])
+    measured |= {"state": state(folder), "imported": read_imported(folder)}
     write_text(folder.path / "report.md", markdown(measured))
     write_text(folder.path / "report.tex", latex(measured))
     write_text(folder.path / "report.html", render_page(folder, measured, descriptions))
-    return measured
+    return write_results(folder, measured)  # last, since `up_to_date` believes it
 
 
 def write_results(folder: RunFolder, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +57,10 @@ def up_to_date(folder: RunFolder) -> bool:
     paths = [folder.path / name for name in REPORTS]
     if not all(path.is_file() for path in paths):
         return False
-    recipe, index = read_json(paths[0])["recipe"], folder.read_index()
+    results, index = read_json(paths[0]), folder.read_index()
+    if results.get("state") != state(folder):
+        return False
+    recipe = results["recipe"]
     files = FeatureFiles.parse(index["suite"].get("feature_files", ()))
     ids = {name: metric.recipe_id for name, metric in files.metrics().items()}
     same = all(recipe[name] == index[name] for name in ("suite", "command", "environment"))

@@ -1,7 +1,8 @@
 """Where a run keeps what: frames without loss, a film for eyes, and a sidecar that says how each was made.
 
 RUN/run.json, RUN/videos/MODEL/ID.{mkv,mp4,json}, RUN/clips/N.{mkv,json} (ground truth),
-RUN/reconstructions/MODEL/N.{mkv,json}, RUN/diagnostics/MODEL/N.json (what the model says of clip N).
+RUN/reconstructions/MODEL/N.{mkv,json}, RUN/diagnostics/MODEL/N.json (what the model says of clip N),
+RUN/failures/*.json (why an item is not there), RUN/imported/*.json (scores that others measured).
 The sidecar is written last: an item is finished when it is there.
 """
 
@@ -10,14 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import SettingError
+from benchmarks.metrics.base import digest
+from shared.errors import SettingError, UserError
 from shared.files import write_json
 from shared.video import Video
 from shared.video_io import read_video, write_video
+
+TIMED_METRICS = ("seconds_per_video",)
+TIMED_KEYS = ("state",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,14 @@ class RunFolder:
     def diagnostics(self, model: str) -> Path:
         return self.path / "diagnostics" / folder_name(model)
 
+    @property
+    def failures(self) -> Path:
+        return self.path / "failures"
+
+    @property
+    def imported(self) -> Path:
+        return self.path / "imported"
+
     def read_index(self) -> dict[str, Any]:
         """The run's run.json; SettingError where this is no run."""
         if not self.index.is_file():
@@ -64,10 +79,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def save_item(folder: Path, name: str, video: Video, sidecar: dict[str, Any], *, film: bool = True) -> None:
     """Frames, film, then the sidecar with the frames' shape and checksum."""
-    write_video(video, folder / f"{name}.mkv", overwrite=True)
+    frames = write_video(video, folder / f"{name}.mkv", overwrite=True)
     if film:
         write_video(video, folder / f"{name}.mp4", overwrite=True, odd="pad")
-    described = {"video": describe(video), "frames_sha256": frames_digest(video)}
+    described = {
+        "video": describe(video),
+        "frames_sha256": frames_digest(video),
+        "file_bytes": frames.stat().st_size,
+    }
     write_json(folder / f"{name}.json", {**sidecar, **described})
 
 
@@ -96,10 +115,52 @@ def sidecars(folder: Path, names: list[str]) -> list[dict[str, Any]]:
 
 
 def finished(folder: Path, name: str, settings_hash: str) -> bool:
-    """Is the item there, made with these settings?"""
-    path = folder / f"{name}.json"
-    return (
-        path.is_file()
-        and (folder / f"{name}.mkv").is_file()
-        and read_json(path).get("settings_hash") == settings_hash
-    )
+    """Is the item there, made with these settings, its frames of the size that was written?"""
+    path, frames = folder / f"{name}.json", folder / f"{name}.mkv"
+    if not (path.is_file() and frames.is_file()):
+        return False
+    with suppress(SettingError):
+        said = read_json(path)
+        size = said.get("file_bytes", frames.stat().st_size)  # absent in sidecars of older versions
+        return said.get("settings_hash") == settings_hash and size == frames.stat().st_size
+    return False
+
+
+def intact(folder: Path, name: str) -> bool:
+    """Can the item's frames be read, and are they those of the sidecar?"""
+    try:
+        load_frames(folder, read_json(folder / f"{name}.json"))
+    except (UserError, KeyError):
+        return False
+    return True
+
+
+def state(folder: RunFolder) -> str:
+    """A digest of all that a run's numbers are taken from; it changes when anything is made again."""
+    lasting = ("settings_hash", "frames_sha256", "values", "refused", "reason", "seconds", "scores")
+    found = {}
+    for kind in ("clips", "videos", "reconstructions", "diagnostics", "failures", "imported"):
+        for path in sorted((folder.path / kind).rglob("*.json")):
+            said = read_json(path)
+            found[str(path.relative_to(folder.path))] = {name: said.get(name) for name in lasting}
+    return digest(found)
+
+
+def read_imported(folder: RunFolder) -> dict[str, Any]:
+    """Scores that others measured on this run's videos, by the name of their file."""
+    return {path.stem: read_json(path) for path in sorted(folder.imported.glob("*.json"))}
+
+
+def lasting(results: Mapping[str, Any]) -> dict[str, Any]:
+    """results.json without what a clock or a memory meter said: equal, byte for byte as JSON, for two runs of
+    the same suite on machines that compute alike, however often either was interrupted."""
+    kept = {name: value for name, value in results.items() if name not in TIMED_KEYS}
+    models = {
+        name: {
+            **{key: value for key, value in row.items() if key not in ("stages", "cost")},
+            "metrics": {key: value for key, value in row["metrics"].items() if key not in TIMED_METRICS},
+        }
+        for name, row in results["models"].items()
+    }
+    differences = [entry for entry in results["differences"] if entry["metric"] not in TIMED_METRICS]
+    return {**kept, "models": models, "differences": differences}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from benchmarks.windows import Window
 from shared.clips import shapes
 from shared.config_cli import pick
 from shared.errors import SettingError
@@ -24,6 +25,10 @@ class Suite:
     `prompts` is a split of the shapes world, or the texts themselves; `num_clips` clips go through each
     model's codec; `warm_up` makes one video per model that is neither kept nor timed; `feature_files` are the
     nets that some metrics need (`benchmarks.features.files.KINDS`).
+
+    `translations` holds the same prompts in other languages, and `languages` says which model reads which;
+    metrics see the prompt itself. `window` is what every model's videos are brought to before they are
+    measured. `interleave` keeps all models in memory and lets them take turns, for a fair measure of speed.
     """
 
     name: str
@@ -36,6 +41,10 @@ class Suite:
     seed: int = 0
     warm_up: bool = False
     feature_files: tuple[str, ...] = ()  # KIND=PATH
+    translations: dict[str, tuple[str, ...]] = field(default_factory=dict)  # language -> one text per prompt
+    languages: dict[str, str] = field(default_factory=dict)  # model -> language
+    window: Window | None = None
+    interleave: bool = False
 
     def __post_init__(self) -> None:
         if not self.models or len(set(self.models)) < len(self.models):
@@ -47,6 +56,16 @@ class Suite:
         for name, least in (("num_prompts", 1), ("num_videos_per_prompt", 1), ("num_clips", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise SettingError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self._check_languages()
+
+    def _check_languages(self) -> None:
+        texts = prompt_texts(self) if self.translations else []
+        for language, translated in self.translations.items():
+            if len(translated) < len(texts):
+                raise SettingError(f"{len(texts)} prompts, but {len(translated)} in language {language!r}")
+        for model, language in self.languages.items():
+            one_of("model of languages", model, self.models)
+            one_of("language", language, list(self.translations))
 
     @property
     def command(self) -> str:
@@ -60,19 +79,23 @@ class Suite:
         words += [f"--{name} {value}" for name, value in flags.items()]
         words += ["--warm_up"] if self.warm_up else []
         words += [f"--feature_files {' '.join(self.feature_files)}"] if self.feature_files else []
+        words += ["--interleave"] if self.interleave else []
+        words += [f"--window {self.window}"] if self.window else []
         name = self.name if self.name in suite_names() else f"{self.name}.json"
         return f"cogvideo-bench run {name} --models {' '.join(self.models)} {' '.join(words)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One video to make: `sample` counts the videos of one prompt, and every model gets the same seed."""
+    """One video to make: `sample` counts the videos of one prompt, and every model gets the same seed.
+    `text` is the prompt in the language that the model reads."""
 
     id: str
     prompt: str
     prompt_index: int
     sample: int
     seed: int
+    text: str
 
 
 def one_of(setting: str, got: str, legal: Sequence[str]) -> str:
@@ -97,10 +120,14 @@ def load_suite(name: str) -> Suite:
 def suite_from(plain: dict[str, Any]) -> Suite:
     """A suite from its JSON object; a field that no suite has is a SettingError."""
     for name in plain:
-        one_of("suite field", name, [field.name for field in fields(Suite)])
+        one_of("suite field", name, [known.name for known in fields(Suite)])
     if missing := {"name", "models"} - plain.keys():
         raise SettingError(f"a suite needs {' and '.join(sorted(missing))}")
     values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items()}
+    if values.get("window") is not None:
+        values["window"] = Window.from_plain(values["window"])
+    if "translations" in values:
+        values["translations"] = {name: tuple(texts) for name, texts in values["translations"].items()}
     return Suite(**values)
 
 
@@ -116,9 +143,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return found
 
 
-def items(suite: Suite) -> list[Item]:
-    """Every video that each model makes, in order."""
+def items(suite: Suite, model: str = "") -> list[Item]:
+    """Every video that each model makes, in order; with what `model` is told."""
     texts = prompt_texts(suite)
+    told = suite.translations[suite.languages[model]] if model in suite.languages else texts
     each = suite.num_videos_per_prompt
     return [
         Item(
@@ -127,6 +155,7 @@ def items(suite: Suite) -> list[Item]:
             prompt_index=index,
             sample=sample,
             seed=suite.seed + index * each + sample,
+            text=told[index],
         )
         for index, text in enumerate(texts)
         for sample in range(each)

