@@ -13,6 +13,7 @@ PROGRAM = Program(
     verbs={
         "generate": "make videos of prompts",
         "plan": "say what a call takes of a device, before any weights are read",
+        "precompute": "encode a list of clips once, as image tokens at fitting frame rates and texts",
         "train": "train a preset's model",
         "convert": "write a model folder of the released weights",
         "clusters": "make or take over the table of token clusters",

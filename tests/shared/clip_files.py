@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -94,3 +98,25 @@ def broken_files(folder: Path) -> list[str]:
     return [
         f"videos/{name}" for name in ("cut_off.mp4", "sound.m4a", "no_frames.mkv", "empty.mp4", "text.mp4")
     ]
+
+
+def killed_at(call: int, work: Callable[[Callable[[Callable[..., Any]], Callable[..., Any]]], object]) -> int:
+    """Run `work` in a process of its own, which is killed (-9) at the given call of a function; `work` gets
+    what makes a function count its calls. Returns the exit code."""
+    calls = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*given: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **named)
+
+        return wrapper
+
+    process = multiprocessing.get_context("fork").Process(target=work, args=(counted,))
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode

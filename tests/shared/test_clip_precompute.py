@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,7 @@ from shared.clips.precompute import (
     write_shards,
 )
 from shared.errors import SettingError, UserError, WeightsError
-from tests.shared.clip_files import broken_files, world, write_metadata
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.shared.test_clip_precompute import doubled, items, read
-from shared.clips.precompute import write_shards
-
-def encode(number):
-    if number == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return doubled(number)
-
-write_shards(items(10), read, encode, Path(sys.argv[1]), per_shard=3, quiet=True)
-"""
+from tests.shared.clip_files import broken_files, killed_at, world, write_metadata
 
 
 def items(count: int, start: int = 0) -> list[Item]:
@@ -93,11 +78,13 @@ def test_a_second_call_encodes_nothing_and_workers_change_nothing(tmp_path: Path
     assert with_workers == first and tree(tmp_path / "b") == before
 
 
-def test_killed_in_the_middle_and_run_again_the_files_are_the_same(tmp_path: Path, root: Path) -> None:
+def test_killed_in_the_middle_and_run_again_the_files_are_the_same(tmp_path: Path) -> None:
     """Killed while the third shard is under way: two are there, nothing else that counts."""
-    words = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), "7"]
-    ended = subprocess.run(words, cwd=root, capture_output=True, timeout=60)
-    assert ended.returncode == -9, ended.stderr.decode()
+
+    def work(counted: Any) -> None:
+        write_shards(items(10), read, counted(doubled), tmp_path / "killed", per_shard=3, quiet=True)
+
+    assert killed_at(8, work) == -signal.SIGKILL
     whole, _ = written(tmp_path / "whole", items(10))
     left = tree(tmp_path / "killed")
     assert left == {
