@@ -17,6 +17,7 @@ PROGRAM = Program(
         "invert": "find the noise of a video, reconstruct it and edit it",
         "encode": "write a video's latents, with the VAE alone",
         "decode": "make the video of latents, with the VAE alone",
+        "precompute": "encode a list of clips once, as latents and text features",
         "train": "train a preset's model",
         "convert": "write a model in another layout: ours, diffusers' or SAT's",
         "lora": "look into an adapter, merge it into weights, or rewrite it",
