@@ -19,6 +19,7 @@ PROGRAM = Program(
         "decode": "make the video of latents, with the VAE alone",
         "precompute": "encode a list of clips once, as latents and text features",
         "train": "train a preset's model",
+        "finetune": "teach a model new clips: an adapter, or all weights",
         "convert": "write a model in another layout: ours, diffusers' or SAT's",
         "lora": "look into an adapter, merge it into weights, or rewrite it",
     },

@@ -7,7 +7,7 @@ Legend: N clips, B batch, T latent frames, C latent channels, H/W latent rows/co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -20,6 +20,7 @@ from cogvideox_diff import conditioning, lora
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.training.objective import diffusion_loss
+from cogvideox_diff.training.pack import PackPlan, num_tokens, packed_loss
 from cogvideox_diff.training.timesteps import Share
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE, scale_image_latents
@@ -64,16 +65,44 @@ class FinetuneConfig:
 class Samples:
     """Clips as training reads them: posterior means in the VAE's own scale, captions as text features.
 
-    `first_frames` are what image to video conditions on; `unconditional` stands for no caption."""
+    `first_frames` are what image to video conditions on; `unconditional` stands for no caption. With
+    `deviations` every step draws its own sample of the VAE's posterior, as SAT does."""
 
     latents: Tensor  # [N, T, C, H, W]
     features: Tensor  # [K, L, D] of the different captions
     caption: Tensor  # int64 [N]: which of them a clip has
     unconditional: Tensor  # [L, D]
     first_frames: Tensor | None = None  # uint8 [N, height, width, 3]
+    deviations: Tensor | None = None  # [N, T, C, H, W]
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def drawn(self, picks: Tensor, rng: np.random.Generator) -> Tensor:
+        """Latents of these clips, float32 and not scaled."""
+        mean = self.latents[picks].float()
+        if self.deviations is None:
+            return mean
+        return mean + self.deviations[picks].float() * _normal(rng, mean.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSamples:
+    """As `Samples`, of any sizes: latents and deviations [T, C, H, W] each."""
+
+    latents: Sequence[Tensor]
+    deviations: Sequence[Tensor]
+    features: Tensor
+    caption: Tensor
+    unconditional: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def lengths(self, config: CogVideoXConfig) -> list[int]:
+        """Tokens of every sample in a pack."""
+        net = config.transformer
+        return [num_tokens(x.shape, net.text_len, net.patch_size) for x in self.latents]
 
 
 def trainable(model: ExpertTransformer, settings: FinetuneConfig, *, seed: int = 0) -> ExpertTransformer:
@@ -127,13 +156,13 @@ def objective(
         rng = np.random.default_rng([seed, step])
         size = settings.batch
         picks = torch.from_numpy(rng.integers(len(samples), size=size))
-        x0 = conditioning.clean_latents(samples.latents[picks].float(), config)
+        x0 = conditioning.clean_latents(samples.drawn(picks, rng), config)
         text = samples.features[samples.caption[picks]]
         dropped = torch.from_numpy(rng.random(size) < settings.text_dropout)
         text = torch.where(dropped[:, None, None], samples.unconditional, text)
         steps = Share.of(step, accumulation).spread(size, rng, schedule.num_timesteps)
         timesteps = torch.from_numpy(rng.permutation(steps))
-        noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
+        noise = _normal(rng, x0.shape)
         device = next(model.parameters()).device
         image = None
         if settings.task == "i2v":
@@ -142,10 +171,56 @@ def objective(
         each = diffusion_loss(
             model, schedule, *(x.to(device) for x in (x0, text, timesteps, noise)), image_latents_BTCHW=image,
             ofs=None if ofs is None else torch.full((size,), float(ofs), device=device),
+            dtype=model.proj_out.weight.dtype,
         )  # fmt: skip
         return each.mean(), {"samples": size}
 
     return loss
+
+
+def packed_objective(
+    model: ExpertTransformer,
+    samples: PackedSamples,
+    config: CogVideoXConfig,
+    settings: FinetuneConfig,
+    *,
+    budget: int,
+    seed: int,
+    accumulation: int = 1,
+) -> Callable[[int], tuple[Tensor, Logs]]:
+    """As `objective`, for text to video: a micro-batch is a pack of at most `budget` tokens, and every sample
+    of it counts alike. `settings.batch` is not used. SettingError where a sample is longer than a pack."""
+    if settings.task != "t2v":
+        raise SettingError(f"frame packs are for text to video (t2v), got task {settings.task!r}")
+    schedule = NoiseSchedule.from_config(config.schedule)
+    plan = PackPlan(samples.lengths(config), budget, seed)
+
+    def loss(step: int) -> tuple[Tensor, Logs]:
+        rng = np.random.default_rng([seed, step])
+        picks, device = plan.pack(step), next(model.parameters()).device
+        drawn = [samples.latents[i].float() for i in picks]
+        drawn = [
+            x + samples.deviations[i].float() * _normal(rng, x.shape)
+            for i, x in zip(picks, drawn, strict=True)
+        ]
+        x0 = [conditioning.clean_latents(x[None], config)[0].to(device) for x in drawn]
+        noise = [_normal(rng, x.shape).to(device) for x in x0]
+        captions = [samples.features[samples.caption[i]] for i in picks]
+        texts = [samples.unconditional if rng.random() < settings.text_dropout else text for text in captions]
+        steps = Share.of(step, accumulation).spread(len(picks), rng, schedule.num_timesteps)
+        timesteps = torch.from_numpy(rng.permutation(steps)).to(device)
+        ofs = config.sampling.ofs if config.transformer.ofs_embed_dim else None
+        each = packed_loss(
+            model, schedule, x0, [text.to(device) for text in texts], timesteps, noise,
+            ofs=None if ofs is None else torch.full((len(picks),), float(ofs), device=device),
+        )  # fmt: skip
+        return each.mean(), {"samples": len(picks), "tokens": sum(plan.lengths[i] for i in picks)}
+
+    return loss
+
+
+def _normal(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
 
 @torch.no_grad()
@@ -166,7 +241,7 @@ def _noised_images(
     pixels = pixels + torch.from_numpy(grain).float()
     shape = (len(picks), 1, *samples.latents.shape[2:])
     posterior_noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-    z = conditioning.encode(vae, pixels, posterior_noise)
+    z = conditioning.encode(vae, pixels.to(next(vae.parameters())), posterior_noise)
     if rng.random() < settings.image_dropout:
         z = torch.zeros_like(z)
     return F.pad(scale_image_latents(z, vae.config), (0, 0, 0, 0, 0, 0, 0, frames - 1))
