@@ -26,7 +26,7 @@ from cogvideo_ar.parts import build, load_tokenizer
 from cogvideo_ar.sat_layout import CODEC, TEXT_MODEL
 from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import convert, load_tensors
-from shared.clips.dataset import Clip, Extent, read_frames
+from shared.clips.dataset import SLACK, Clip, Extent, even_count, even_indices, read_frames
 from shared.clips.precompute import ShardReader, plan_clips, precompute_clips, read_index, write_index
 from shared.errors import BatchError, SettingError
 from shared.model_folder import needed
@@ -36,18 +36,11 @@ from shared.video import Video
 
 KIND = "tokens"
 Take = Literal["lowest", "all"]
-SLACK = 1.01  # a file of 7.94 frames per second is one of 8
 
 
 def known_rates(config: CogVideoConfig) -> tuple[float, ...]:
     """Frames per second of the frame-rate tokens that the model knows, the lowest first."""
     return tuple(sorted(key_rate(config, duration) for duration in known_durations(config.sampling)))
-
-
-def rate_indices(fps: float, rate: float, count: int) -> tuple[int, ...]:
-    """The frames of a video nearest to the times 0, 1/rate, 2/rate, ..."""
-    step = max(fps / rate, 1.0)
-    return tuple(int(i * step + 0.5 - 1e-6) for i in range(count))
 
 
 def fitting_rates(extent: Extent, count: int, rates: Sequence[float]) -> tuple[float, ...]:
@@ -56,7 +49,7 @@ def fitting_rates(extent: Extent, count: int, rates: Sequence[float]) -> tuple[f
     fitting = [
         rate
         for rate in sorted(rates)
-        if extent.fps * SLACK >= rate and rate_indices(extent.fps, rate, count)[-1] < extent.num_frames
+        if extent.fps * SLACK >= rate and even_count(extent.num_frames, extent.fps, rate) >= count
     ]
     if not fitting:
         legal = ", ".join(f"{rate:g}" for rate in sorted(rates))
@@ -92,7 +85,7 @@ class TokenReader:
         """A video per rate, and the caption."""
         videos = []
         for rate in plan["rates"]:
-            indices = rate_indices(plan["fps"], rate, self.num_frames)
+            indices = even_indices(plan["fps"], rate, self.num_frames)
             videos.append(fit_video(read_frames(clip.video, indices, rate), self.height, self.width))
         return videos, clip.caption
 

@@ -26,7 +26,7 @@ from cogvideox_diff.training.finetune import Samples
 from cogvideox_diff.training.frames import finetune_indices, sat_indices
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.clips.buckets import Bucket, Rule, assign, losses
-from shared.clips.dataset import Clip, Extent, read_frames
+from shared.clips.dataset import Clip, Extent, even_count, even_indices, read_frames
 from shared.clips.precompute import (
     Item,
     Planned,
@@ -47,7 +47,6 @@ from shared.video import Video
 
 KIND, LATENTS, TEXT = "latents", "latents", "text"
 FrameRule = Literal["even", "sat", "finetune"]
-SLACK = 1.01  # a file of 7.94 frames per second is one of 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +76,6 @@ def check_buckets(buckets: Sequence[Bucket], config: CogVideoXConfig) -> None:
             VideoGeometry.of(config, height=bucket.height, width=bucket.width, num_frames=bucket.num_frames)
         except SettingError as error:
             raise SettingError(f"size {bucket}: {error}") from error
-
-
-def even_count(num_frames: int, fps: float, target_fps: float) -> int:
-    """How many frames a clip has at `target_fps`; SettingError for a slower one."""
-    if fps * SLACK < target_fps:
-        raise SettingError(f"the clip has {fps:g} frames per second, fewer than the {target_fps:g} asked for")
-    return int((num_frames - 1) * min(target_fps / fps, 1.0) + 1e-6) + 1
-
-
-def even_indices(fps: float, *, target_fps: float, max_frames: int) -> tuple[int, ...]:
-    """The frames nearest to the times 0, 1/target, 2/target, ..."""
-    step = max(fps / target_fps, 1.0)
-    return tuple(int(i * step + 0.5 - 1e-6) for i in range(max_frames))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +111,7 @@ class LatentReader:
         count, target = Bucket.parse(plan["bucket"]).num_frames, self.preparation.fps
         match self.preparation.frames:
             case "even":
-                return even_indices(plan["fps"], target_fps=target, max_frames=count)
+                return even_indices(plan["fps"], target, count)
             case "sat":
                 return sat_indices(plan["num_frames"], plan["fps"], target_fps=target, max_frames=count)
             case "finetune":

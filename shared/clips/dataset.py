@@ -31,6 +31,7 @@ METADATA, PROMPTS, VIDEOS = "metadata.jsonl", "prompts.txt", "videos.txt"
 VIDEO_FIELDS, CAPTION_FIELDS = ("video", "file_name"), ("caption", "text")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 READ_BYTES = 1 << 20
+SLACK = 1.01  # a file of 7.94 frames per second is one of 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,3 +215,16 @@ def read_frames(path: Path, indices: Sequence[int], fps: float) -> Video:
     if found.num_frames < span:
         raise UserError(f"{path} ends after {first + found.num_frames} frames: it is cut off or damaged")
     return Video(frames=found.frames[torch.tensor(indices) - first], fps=fps)
+
+
+def even_count(num_frames: int, fps: float, rate: float) -> int:
+    """How many frames a clip has at `rate` per second, none of them twice; SettingError for a slower clip."""
+    if fps * SLACK < rate:
+        raise SettingError(f"the clip has {fps:g} frames per second, fewer than the {rate:g} asked for")
+    return int((num_frames - 1) * min(rate / fps, 1.0) + 1e-6) + 1
+
+
+def even_indices(fps: float, rate: float, count: int) -> tuple[int, ...]:
+    """The frames of a clip nearest to the times 0, 1/rate, 2/rate, ..."""
+    step = max(fps / rate, 1.0)
+    return tuple(int(i * step + 0.5 - 1e-6) for i in range(count))

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from shared.clips.buckets import Bucket, assign
+from shared.clips.dataset import Clip, Extent, even_count, even_indices, probe, read_frames
 from shared.errors import BatchError, SettingError, UserError
+from shared.transforms import fit_video
 
 Tails = Literal["drop", "keep"]
 
@@ -123,6 +126,37 @@ class ClipStream:
             if not good:
                 raise BatchError(f"no sample of step {step} can be read: {read[0][2]}")
             yield step, stacked(_replaced([sample for _, sample, _ in read], good))
+
+
+class PixelClips:
+    """Clips decoded when they are asked for: "pixels" float32 [3, T, H, W] in -1..1, frames at even times.
+
+    `groups` are the sizes; `left_out` tells the numbers of clips that do not suit, and why. SettingError
+    where none does."""
+
+    def __init__(self, clips: Sequence[Clip], buckets: Sequence[Bucket], fps: float) -> None:
+        self.fps, self.left_out = fps, dict[int, str]()
+        self._chosen: list[tuple[Clip, Extent, Bucket]] = []
+        for clip in clips:
+            try:
+                extent = probe(clip.video)
+                count = even_count(extent.num_frames, extent.fps, fps)
+                bucket = assign(count, extent.height, extent.width, buckets)
+                self._chosen.append((clip, extent, bucket))
+            except UserError as error:
+                self.left_out[clip.number] = str(error)
+        if not self._chosen:
+            reason = next(iter(self.left_out.values()), "the list is empty")
+            raise SettingError(f"none of {len(clips)} clips can be used: {reason}")
+        self.groups = [str(bucket) for _, _, bucket in self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        clip, extent, bucket = self._chosen[place]
+        video = read_frames(clip.video, even_indices(extent.fps, self.fps, bucket.num_frames), self.fps)
+        return {"pixels": fit_video(video, bucket.height, bucket.width).to_pixels()}
 
 
 def stacked(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -20,9 +20,8 @@ from cogvideo_ar.training.precompute import (
     fitting_rates,
     known_rates,
     load_encoders,
-    rate_indices,
 )
-from shared.clips.dataset import Extent
+from shared.clips.dataset import Extent, even_indices
 from shared.clips.stream import BatchPlan, ClipStream
 from shared.errors import SettingError
 from shared.transforms import fit_video
@@ -67,7 +66,7 @@ def test_a_clip_takes_the_lowest_rate_that_yields_five_frames(
     fitting = fitting_rates(extent(num_frames, fps), 5, rates)
     assert fitting == tuple(rate for rate in rates if rate >= lowest)
     for rate in rates:
-        indices = rate_indices(fps, rate, 5)
+        indices = even_indices(fps, rate, 5)
         assert len(set(indices)) == 5
         assert (indices[-1] < num_frames) == (rate in fitting)
         assert all(abs(i / fps - place / rate) <= 0.51 / fps for place, i in enumerate(indices) if rate < fps)

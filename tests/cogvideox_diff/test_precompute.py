@@ -20,13 +20,11 @@ from cogvideox_diff.training.precompute import (
     LatentClips,
     LatentReader,
     Preparation,
-    even_count,
-    even_indices,
     load_encoders,
 )
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.clips.buckets import parse_buckets
-from shared.clips.dataset import Clip, Extent
+from shared.clips.dataset import Clip, Extent, even_count, even_indices
 from shared.clips.stream import BatchPlan, ClipStream
 from shared.errors import SettingError
 from shared.transforms import fit_video
@@ -203,8 +201,8 @@ def test_illegal_settings_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(("num_frames", "fps"), [(49, 8.0), (100, 25.0), (61, 29.97), (30, 7.95), (17, 24.0)])
 def test_even_frames_lie_nearest_to_even_times(num_frames: int, fps: float) -> None:
     count = even_count(num_frames, fps, 8.0)
-    indices = even_indices(fps, target_fps=8.0, max_frames=count)
-    assert indices[-1] < num_frames <= even_indices(fps, target_fps=8.0, max_frames=count + 1)[-1] + 1
+    indices = even_indices(fps, 8.0, count)
+    assert indices[-1] < num_frames <= even_indices(fps, 8.0, count + 1)[-1] + 1
     assert all(abs(i / fps - place / 8) <= 0.51 / fps for place, i in enumerate(indices) if fps > 8)
     with pytest.raises(SettingError, match="fewer than the 16 asked for"):
         even_count(num_frames, 8.0, 16.0)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from itertools import chain, islice
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from shared.clips.stream import BatchPlan, ClipStream
+from shared.clips.buckets import parse_buckets
+from shared.clips.dataset import read_clips, read_frames
+from shared.clips.stream import BatchPlan, ClipStream, PixelClips
 from shared.errors import BatchError, SettingError, UserError
+from shared.transforms import fit_video
+from tests.shared.clip_files import broken_files, world, write_metadata
 
 GROUPS = ["wide"] * 11 + ["high"] * 7
 
@@ -90,3 +95,22 @@ def test_plans_that_would_never_see_a_sample_are_refused() -> None:
         BatchPlan(GROUPS, 2, rank=2, world_size=2)
     with pytest.raises(SettingError, match="every group needs 2 samples"):
         BatchPlan([], 2)
+
+
+def test_clips_are_decoded_on_the_way_and_damaged_ones_told(tmp_path: Path) -> None:
+    world(tmp_path, 4)
+    broken = broken_files(tmp_path)
+    write_metadata(tmp_path, dict.fromkeys([f"videos/{i}.mkv" for i in range(4)] + broken, "words"))
+    clips = read_clips(tmp_path)
+    samples = PixelClips(clips, parse_buckets(["5x32x32", "17x48x48"]), 4.0)
+    assert samples.left_out.keys() == {5, 6, 7, 8}  # the one that is cut off has a good beginning
+    assert samples.groups == ["5x32x32"] * 5  # 17 frames at 8 per second are 9 at 4
+    wanted = fit_video(read_frames(clips[2].video, (0, 2, 4, 6, 8), 4.0), 32, 32).to_pixels()
+    assert torch.equal(samples[2]["pixels"], wanted)
+    plan = BatchPlan(samples.groups, 5, seed=1)
+    streams = [ClipStream(samples=samples, plan=plan, num_workers=workers) for workers in (0, 2)]
+    for (_, one), (_, other), _ in zip(*(iter(stream) for stream in streams), range(3), strict=False):
+        assert one["pixels"].shape == (5, 3, 5, 32, 32) and torch.equal(one["pixels"], other["pixels"])
+    assert all(stream.skipped.keys() == {4} for stream in streams)
+    with pytest.raises(SettingError, match="none of 9 clips can be used"):
+        PixelClips(clips, parse_buckets(["25x32x32"]), 8.0)
