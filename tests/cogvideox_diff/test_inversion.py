@@ -14,6 +14,7 @@ from cogvideox_diff.inversion import Inverted, decoded, edit, invert, reconstruc
 from cogvideox_diff.planning import CallSettings, Plan, plan_inversion
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.schedulers import DDIMScheduler, make_levels
+from cogvideox_diff.transformer import Attention
 from shared.attention import attend
 from shared.errors import SettingError
 from tests.cogvideox_diff.tiny_pipeline import PROMPT, clip, make, tiny_config, write_tokenizer
@@ -97,6 +98,10 @@ def test_padded_pairs_and_images(variant: str, spiece: Path) -> None:
 # ---- edits
 
 
+def first_attention(pipe: CogVideoXPipeline) -> Attention:
+    return next(module for module in pipe.parts.transformer.modules() if isinstance(module, Attention))
+
+
 def test_an_edit_with_the_same_prompt_is_led_by_the_clip(pipe: CogVideoXPipeline) -> None:
     plan, inverted = found(pipe, 4, 20)
     own = reconstruct(pipe.engine, plan, PROMPT, inverted)
@@ -106,7 +111,7 @@ def test_an_edit_with_the_same_prompt_is_led_by_the_clip(pipe: CogVideoXPipeline
     assert float((other - own).abs().max()) > 1e-3
     plain = reconstruct(pipe.engine, plan, "two green stars move up slowly", inverted)
     assert float((other - plain).abs().max()) > 1e-3
-    layer = pipe.parts.transformer.blocks[0].attn  # type: ignore[union-attr]
+    layer = first_attention(pipe)
     assert layer.attend is attend, "restored"
 
 
@@ -119,7 +124,7 @@ def test_guided_edits_run(pipe: CogVideoXPipeline) -> None:
 
 def test_shared_attention_is_over_both(pipe: CogVideoXPipeline) -> None:
     q, k, v = (torch.randn(3, 2, 5, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    layer = pipe.parts.transformer.blocks[0].attn  # type: ignore[union-attr]
+    layer = first_attention(pipe)
     with sharing_attention(pipe.parts.transformer):
         got = layer.attend(q, k, v)
 
