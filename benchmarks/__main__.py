@@ -14,6 +14,7 @@ PROGRAM = Program(
         "run": "make what a suite asks for, measure it and write the report",
         "report": "measure a run again from its frames and write its report",
         "compare": "two runs, prompt by prompt",
+        "peers": "speed and memory beside the peers, turn by turn with the same weights",
         "list": "the models, suites and metrics there are",
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,14 @@ def _cogvideox_costs(source: str, settings: Mapping[str, Any]) -> list[StageCost
 def _agree(settings: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     """Was the run made with the model's own settings?"""
     return "dtype" in settings and all(settings.get(name) == value for name, value in own.items())
+
+
+PACKAGES = {"cogvideo": "cogvideo_ar", "cogvideox": "cogvideox_diff"}
+
+
+def module(family: str, name: str) -> Any:
+    """A module of a family's package, e.g. ("cogvideox", "vae.autoencoder"), to time single nets."""
+    return importlib.import_module(f"{PACKAGES[family]}.{name}")
 
 
 FAMILIES: dict[str, Callable[[str], VideoGenerator]] = {"cogvideo": _cogvideo, "cogvideox": _cogvideox}

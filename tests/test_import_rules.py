@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "benchmarks": {"shared"} | FAMILIES,
 }
 NEVER = {"tests"}  # and diffusers, with one door: the live peer of the benchmark
-PEER_DOOR = ROOT / "benchmarks" / "peers.py"
+PEER_DOOR = ROOT / "benchmarks" / "peers" / "diffusion.py"
 FAMILY_DOOR = ROOT / "benchmarks" / "registry.py"
 MAX_LINES = 500
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

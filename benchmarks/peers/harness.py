@@ -1,0 +1,92 @@
+"""Two ways to one result, timed turn by turn in one process, so that whatever slows the machine slows both.
+
+The time that counts is the CPU time of this process (on a GPU the wall's): on a machine with other work, wall
+time says little. A ratio is peer / ours; above 1 ours is the quicker, or the smaller.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+from shared.memory import peak_bytes
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Our way and the peer's, ready to run. `difference`: how far the results are apart, relative to their
+    size; `facts`: whatever else should be kept with the figures."""
+
+    ours: Run
+    peer: Run
+    difference: Callable[[], float] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A row. `build` makes the nets, only when the row is wanted; ImportError: the peer is not installed."""
+
+    name: str
+    words: str
+    build: Callable[[], Pair]
+    kind: Literal["time", "memory"] = "time"
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Of this process's CPU, and of the wall."""
+
+    cpu: float
+    wall: float
+
+
+def seconds_of(run: Run, device: str) -> Seconds:
+    """What one run takes."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return Seconds(cpu=time.process_time() - cpu, wall=time.perf_counter() - wall)
+
+
+@torch.no_grad()
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """The row of `case` as JSON values. A round runs both once; the first round only warms up."""
+    pair = case.build()
+    row: dict[str, Any] = {"name": case.name, "kind": case.kind, "device": case.device, **pair.facts}
+    if pair.difference is not None:
+        row["difference"] = float(pair.difference())
+    if case.kind == "memory":
+        ours, peer = peak_bytes(pair.ours), peak_bytes(pair.peer)
+        return row | {"ours_bytes": ours, "peer_bytes": peer, "ratio": peer / ours}
+    rounds = [
+        (seconds_of(pair.ours, case.device), seconds_of(pair.peer, case.device)) for _ in range(repeats + 1)
+    ][1:]
+    return row | _summary(rounds, "wall" if case.device == "cuda" else "cpu")
+
+
+def _summary(rounds: list[tuple[Seconds, Seconds]], clock: str) -> dict[str, Any]:
+    """Medians by both clocks; the ratio of the medians, and the least and most of a round's ratio, by one."""
+    medians = {
+        f"{side}_{unit}": median(asdict(pair[i])[unit] for pair in rounds)
+        for i, side in enumerate(("ours", "peer"))
+        for unit in ("cpu", "wall")
+    }
+    ratios = sorted(getattr(peer, clock) / getattr(ours, clock) for ours, peer in rounds)
+    ratio = medians[f"peer_{clock}"] / medians[f"ours_{clock}"]
+    return {**medians, "rounds": len(rounds), "ratio": ratio, "spread": [ratios[0], ratios[-1]]}
+
+
+def relative_difference(ours: torch.Tensor, peer: torch.Tensor) -> float:
+    """|ours - peer| / |peer|, both as whole vectors."""
+    peer = peer.double()
+    return float((ours.double() - peer).norm() / peer.norm())
