@@ -34,9 +34,9 @@ UPSAMPLE = (
 )
 UPSAMPLE_IMAGE = (
     "You are shown the first frame of a video that is to be generated, and a few words on what is to "
-    "happen. Write the text for a video generator: say briefly what the frame shows, then how the scene moves "
-    "on from it in one continuous shot, without a cut and without another point of view. Keep everything the "
-    "user names. Answer in English with a single paragraph of 60 to 120 words, and with nothing but this "
+    "happen. Write the text for a video generator: say briefly what the frame shows, then how the scene "
+    "moves on from it in one continuous shot, without a cut and without another point of view. Keep all that "
+    "the user names. Answer in English with a single paragraph of 60 to 120 words, and with nothing but this "
     "paragraph."
 )
 

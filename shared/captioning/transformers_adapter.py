@@ -91,6 +91,8 @@ class LocalChatModel:
 
 def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, bool]:
     """(processor or tokenizer, model, whether it sees pictures); WeightsError says what is wrong."""
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} is no model folder of transformers: it has no config.json")
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -100,8 +102,6 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, 
     )
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    if not (folder / "config.json").is_file():
-        raise WeightsError(f"{folder} is no model folder of transformers: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

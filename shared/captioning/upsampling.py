@@ -41,8 +41,8 @@ def upsample(
     sleep: Sleep,
 ) -> Upsampled:
     """One line that says more than `prompt`, for an `image` (uint8 [H, W, 3]) how it goes on. After three
-    tries, or an error that trying again does not mend, the prompt itself, with an UpsamplingWarning. Only what is
-    wrong with every prompt (a refused key, a run that is stopped) is raised. The tries are those of
+    tries, or an error that trying again does not mend, the prompt itself, with an UpsamplingWarning. Only
+    what is wrong with every prompt (a refused key, a run that is stopped) is raised. The tries are those of
     inference/convert_demo.py of THUDM/CogVideo; a writer that retries by itself multiplies them."""
 
     def ask() -> str:

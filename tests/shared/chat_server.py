@@ -17,8 +17,8 @@ Fault = Callable[["Handler"], None]
 
 
 class ChatServer:
-    """Answers request N by `faults[N]` if there is one (from 0, by arrival), else with a text that only depends
-    on the request. `bodies` and `headers` are those of all requests so far."""
+    """Answers request N by `faults[N]` if there is one (from 0, by arrival), else with a text that depends on
+    the request alone. `bodies` and `headers` are those of all requests so far."""
 
     def __init__(self, faults: dict[int, Fault]) -> None:
         self.faults = faults
