@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.clips.measures import Measured, Measures, signature_values
+from shared.clips.measures import MOMENTS, Measured, Measures, signature_values
 from shared.errors import SettingError
 
 ADVICE: Mapping[str, str] = {
@@ -133,19 +133,21 @@ def _copies(measured: Sequence[Measured]) -> Iterator[_Fault]:
 def _near_copies(measured: Sequence[Measured], levels: float) -> Iterator[_Fault]:
     """Clips whose signature is near that of an earlier one with other bytes.
 
-    The means of two signatures differ by no more than the signatures do, so that of clips sorted by their
-    mean only neighbours within `levels` need be compared: none is missed."""
+    Means of two signatures, over all or over each moment and colour, differ by no more than the signatures
+    do. So of clips sorted by their mean only neighbours within `levels` are looked at, and only those in full
+    whose colours are as near: none is missed."""
     seen: set[str] = set()
     alive = [m for m in measured if m.measures.signature and not (m.key in seen or seen.add(m.key))]
     if len(alive) < 2:
         return
     values = np.stack([signature_values(item.measures.signature) for item in alive])
-    means = values.mean(axis=1)
+    coarse = values.reshape(len(values), MOMENTS, -1, 3).mean(axis=2).reshape(len(values), -1)
+    means = coarse.mean(axis=1)
     order = np.argsort(means, kind="stable")
     ends = np.searchsorted(means[order], means[order] + levels, side="right")
     nearest: dict[int, tuple[float, int]] = {}
     for place, end in enumerate(ends):
-        for other, apart in _within(values, order[place], order[place + 1 : end], levels):
+        for other, apart in _within(coarse, values, order[place], order[place + 1 : end], levels):
             later, earlier = max(order[place], other), min(order[place], other)
             nearest[later] = min(nearest.get(later, (np.inf, -1)), (apart, earlier))
     for later, (apart, earlier) in nearest.items():
@@ -154,16 +156,21 @@ def _near_copies(measured: Sequence[Measured], levels: float) -> Iterator[_Fault
 
 
 def _within(
-    values: NDArray[np.int16], one: int, others: NDArray[np.int64], levels: float
+    coarse: NDArray[np.float64],
+    values: NDArray[np.int16],
+    one: int,
+    others: NDArray[np.int64],
+    levels: float,
 ) -> Iterator[tuple[int, float]]:
+    others = others[np.abs(coarse[others] - coarse[one]).mean(axis=1) <= levels]
     apart = np.abs(values[others] - values[one]).mean(axis=1)
     for other in np.flatnonzero(apart <= levels):
         yield int(others[other]), float(apart[other])
 
 
-def lines(content: Mapping[str, Any], shown: Callable[[Mapping[str, Any]], bool] | None = None) -> list[str]:
+def lines(content: Mapping[str, Any]) -> list[str]:
     """The report in sentences: a line per finding, what to do about each kind, and a sum."""
-    rows = [row for row in content["findings"] if shown is None or shown(row)]
+    rows = content["findings"]
     told = [f"clip {row['number']} ({row['video']}): {row['kind']}: {row['detail']}" for row in rows]
     advice = [f"{kind} ({count}): {ADVICE[kind]}" for kind, count in content["counts"].items()]
     return [*told, *advice, f"{content['num_clips']} clips, {content['num_bad']} bad"]

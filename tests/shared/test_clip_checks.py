@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from shared.clips import measures, shapes
 from shared.clips.__main__ import main
 from shared.clips.buckets import Bucket, assign, losses, parse_buckets
-from shared.clips.checks import ADVICE
-from shared.clips.dataset import read_clips
+from shared.clips.checks import ADVICE, CheckSettings, find_faults
+from shared.clips.dataset import Clip, read_clips
 from shared.clips.filters import caption_words
-from shared.clips.measures import measure, measure_all
+from shared.clips.measures import Measured, Measures, measure, measure_all
 from shared.errors import SettingError
 from shared.video import Video
 from shared.video_io import write_video
@@ -101,6 +103,25 @@ def test_a_good_list_ends_with_0_and_unknown_kinds_with_2(
     assert code == 2 and "statik" in said["reason"]
     code, said = call(capsys, "check", "--input_path", tmp_path, "--min_frames", 20)
     assert code == 7 and said["counts"] == {"short": 3}
+
+
+def test_no_near_copy_is_missed() -> None:
+    """Against all pairs, for signatures of which many are just within or beyond the border."""
+    rng = np.random.default_rng(3)
+    bases = rng.integers(40, 210, size=(6, 960))
+    rows = [np.clip(bases[i % 6] + rng.normal(0, rng.uniform(0, 4), 960), 0, 255).round() for i in range(80)]
+    signatures = [base64.b64encode(row.astype(np.uint8).tobytes()).decode() for row in rows]
+    clips = [Clip(number=i, name=str(i), video=Path("x"), caption="x") for i in range(80)]
+    measured = [
+        Measured(
+            clip=clip, key=str(clip.number), measures=Measures(signature=s, num_frames=9, fps=8, change=9)
+        )
+        for clip, s in zip(clips, signatures, strict=True)
+    ]
+    near = {i for i in range(80) if any(np.abs(rows[i] - rows[k]).mean() <= 2 for k in range(i))}
+    found = find_faults(measured, CheckSettings())
+    assert {finding.number for finding in found} == near and 10 < len(near) < 80
+    assert {finding.kind for finding in found} == {"near_duplicate"}
 
 
 # ---- measures
