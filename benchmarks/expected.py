@@ -9,7 +9,7 @@ import torch
 
 from shared.costs import CPU_GBYTES, CPU_GFLOPS, DEVICES, GIB, Device, StageCost, cpu_device
 
-NAMED = ("h200", "a100-80", "rtx4090")
+NAMED = ("h200", "rtx4090")
 CPU = "CPU core"
 
 

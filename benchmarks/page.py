@@ -55,12 +55,7 @@ def render_page(folder: RunFolder, results: Results, descriptions: Mapping[str, 
         cpu=CPU,
         columns=[*models, *results["references"]],
         clips=clip_rows(folder, suite, list(models)),
-        plots={
-            "attributes": Markup(plots.attribute_bars(models)),
-            "costs": [Markup(plot) for plot in plots.quality_and_cost(models)],
-            "timeline": Markup(plots.stage_timeline(models)),
-            "memory": Markup(plots.memory_curves(models)),
-        },
+        plots=plot_columns(models),
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATES / "report.js").read_text(encoding="utf-8")),
     )
@@ -82,10 +77,26 @@ def environment() -> jinja2.Environment:
     made.filters["titled"] = wording.titled
     made.globals["peak"] = wording.peak
     made.globals["rate"] = wording.rate
+    made.globals["counted"] = wording.counted
     made.globals["number"] = lambda name, value, sign=False: wording.number(METRICS[name], value, sign=sign)
     made.globals["span"] = lambda name, value, sign=False: wording.span(METRICS[name], value, sign=sign)
     made.globals["film_words"] = film_words
     return made
+
+
+def plot_columns(models: Mapping[str, Any]) -> list[list[tuple[str, Markup]]]:
+    """Titles and drawings in two columns of about equal height; those without figures are left out."""
+    costs = plots.quality_and_cost(models)
+    titles = ("Quality against time", "The same by another measure")
+    measures = list(zip(titles, costs, strict=False))
+    attributes = ("What the prompt asked for", plots.attribute_bars(models))
+    time = ("Where the time goes", plots.stage_timeline(models))
+    memory = ("Memory along the way", plots.memory_curves(models))
+    left, right = [attributes, time], [*measures, memory]
+    if len(measures) > 1:
+        left, right = [attributes, memory], [*measures, time]
+    columns = [[(words, Markup(svg)) for words, svg in column if svg] for column in (left, right)]
+    return [column for column in columns if column]
 
 
 def prompt_rows(

@@ -92,13 +92,14 @@ def _quality_and_cost(models: Models, name: str) -> str:
     scale = 100 if metric.proportion else 1
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(3.1)
+        lowest = min(models, key=lambda model: models[model]["metrics"][name]["value"])
         for index, (model, row) in enumerate(models.items()):
             x = row["metrics"]["seconds_per_video"]
             y = {end: scale * row["metrics"][name][end] for end in ("value", "low", "high")}
             _crossed_intervals(axes, x, y, index)
             axes.annotate(
-                model, (x["value"], y["value"]), xytext=(9, 9), textcoords="offset points",
-                color=SERIES[index % len(SERIES)],
+                model, (x["value"], y["value"]), xytext=(9, -16 if model == lowest else 9),
+                textcoords="offset points", color=SERIES[index % len(SERIES)],
             )  # fmt: skip
         unit = "%" if metric.proportion else metric.unit
         axes.set(xscale="log", xlabel="seconds per video (logarithmic)")

@@ -54,6 +54,11 @@ def operations(value: float) -> str:
     raise AssertionError("unreachable: T takes every number")
 
 
+def counted(count: int, unit: str) -> str:
+    """1 step, 25 steps."""
+    return f"{count:,} {unit.removesuffix('s') if count == 1 else unit}"
+
+
 def parameters(values: Mapping[str, Any]) -> str:
     """A recipe's parameters in one line; a checksum keeps its first digits."""
     words = {name: str(value) for name, value in values.items()}
