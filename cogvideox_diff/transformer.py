@@ -27,10 +27,11 @@ Rope = tuple[Tensor, Tensor]
 class Packing(Protocol):
     """Samples of different sizes as one row: whose a token is, and who sees whom (`training.pack`)."""
 
-    text_owner: Tensor  # int64 [L]: rows of the embedding
-    video_owner: Tensor  # int64 [V]
-
-    def attend(self, q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor: ...
+    @property
+    def text_owner(self) -> Tensor: ...  # int64 [L]: rows of the embedding
+    @property
+    def video_owner(self) -> Tensor: ...  # int64 [V]
+    def attend(self, q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, /) -> Tensor: ...
 
 
 class PatchEmbed(nn.Module):
@@ -94,8 +95,8 @@ class ExpertAdaLayerNorm(nn.Module):
         gates are those of every token, [1, L, D] and [1, V, D]."""
         emb_BE = F.silu(emb_BE)
         text_BD, video_BD = self.text(emb_BE), self.video(emb_BE)
-        text_shift, text_scale, text_gate = _per_token(text_BD, packing and packing.text_owner)
-        video_shift, video_scale, video_gate = _per_token(video_BD, packing and packing.video_owner)
+        text_shift, text_scale, text_gate = _per_token(text_BD, packing.text_owner if packing else None)
+        video_shift, video_scale, video_gate = _per_token(video_BD, packing.video_owner if packing else None)
         text = self.norm(text_BLD) * (1 + text_scale) + text_shift
         video = self.norm(video_BVD) * (1 + video_scale) + video_shift
         return torch.cat([text, video], dim=1), text_gate, video_gate
@@ -201,7 +202,7 @@ class FinalNorm(nn.Module):
 
     def forward(self, video_BVD: Tensor, emb_BE: Tensor, packing: Packing | None = None) -> Tensor:
         modulation_BD = self.modulation(F.silu(emb_BE))
-        shift, scale = _per_token(modulation_BD, packing and packing.video_owner, parts=2)
+        shift, scale = _per_token(modulation_BD, packing.video_owner if packing else None, parts=2)
         return self.norm(video_BVD) * (1 + scale) + shift
 
 

@@ -11,8 +11,9 @@ add_arguments = add_training_flags
 
 def run(options: argparse.Namespace) -> None:
     from cogvideox_diff.training.export import export
-    from cogvideox_diff.training.recipes import RECIPES, STAGES, Run
+    from cogvideox_diff.training.recipes import OPTIONAL, RECIPES, STAGES, Run
 
-    stages, recipe = chosen_stages(options.stage, STAGES), chosen_recipe(options, RECIPES)
+    legal = STAGES if options.stage == "all" else (*STAGES, *OPTIONAL)
+    stages, recipe = chosen_stages(options.stage, legal), chosen_recipe(options, RECIPES)
     work = Run(recipe, options.output_path, quiet=options.quiet or options.json)
     run_stages(options, work, stages, lambda folder: export(work, folder))

@@ -27,7 +27,9 @@ from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.training.data import LatentClips, encode_shapes, pixel_batch
 from cogvideox_diff.training.finetune import FinetuneConfig, Samples, objective, trainable
 from cogvideox_diff.training.objective import diffusion_loss
+from cogvideox_diff.training.pack import packed_loss
 from cogvideox_diff.training.timesteps import WHOLE, Share
+from cogvideox_diff.training.vae_gan import AdversarialVAE, GanConfig
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import load_into, save_tensors
@@ -40,6 +42,7 @@ from shared.training import Logs, Objective, TrainConfig, recipe_of, train
 from shared.training_parallel import ALONE, Strategy, whole_state
 
 STAGES = ("tokenizer", "vae", "latents", "transformer", "image_to_video")
+OPTIONAL = ("quality",)  # stages that "all" leaves out
 KL = 1e-5
 CLIP_SEED = 1
 TEXT_DROPOUT = 0.1
@@ -55,8 +58,21 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resolution:
+    """From the share `begin` of the transformer's steps on: clips of `size` x `size` pixels."""
+
+    begin: float
+    size: int
+    num_frames: int = shapes.NUM_FRAMES
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All stages of one preset."""
+    """All stages of one preset.
+
+    `resolutions`, smallest first, make the transformer's training progressive (none: full size all the time).
+    `pack` puts clips and stills of a step into one frame pack, where every sample counts alike. The stage
+    "quality" goes on from the transformer with the clearest `quality_share` of the clips and a low rate."""
 
     config: CogVideoXConfig
     vae: TrainConfig
@@ -68,6 +84,15 @@ class Recipe:
     num_clips: int = 6000
     num_stills: int = 12000
     vocab_size: int = 96
+    vae_gan: GanConfig = field(default_factory=GanConfig)
+    resolutions: tuple[Resolution, ...] = ()
+    pack: bool = False
+    quality_share: float = 0.25
+    quality: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=600, lr=1e-4, warmup_steps=20, decay_fraction=1.0, ema_decay=0.99, autocast="bfloat16"
+        )
+    )
     image_to_video: FinetuneConfig = field(
         default_factory=lambda: FinetuneConfig(
             task="i2v",
@@ -137,7 +162,7 @@ class Run:
     """A recipe at work in a folder; `quiet` hides the progress bars. With several processes in `strategy` all
     call the stages in `spread`, one the others."""
 
-    spread: ClassVar[frozenset[str]] = frozenset({"vae", "transformer", "image_to_video"})
+    spread: ClassVar[frozenset[str]] = frozenset({"vae", "transformer", "quality", "image_to_video"})
 
     recipe: Recipe
     folder: Path
@@ -146,8 +171,8 @@ class Run:
 
     def stage(self, name: str) -> None:
         """Run one stage to its end, continuing where an interrupted run left off."""
-        if name not in STAGES:
-            raise SettingError(f"unknown stage {name!r}; legal: {', '.join(STAGES)}, all")
+        if name not in (*STAGES, *OPTIONAL):
+            raise SettingError(f"unknown stage {name!r}; legal: {', '.join((*STAGES, *OPTIONAL))}, all")
         getattr(self, f"train_{name}")()
 
     # ---- vocabulary and codec
@@ -182,6 +207,10 @@ class Run:
             torch.no_grad()
         ):  # nearly no noise at first: at variance 1 nothing passes the bottleneck for long
             bias[config.latent_channels :] = -6
+        gan = self.recipe.vae_gan
+        judged = AdversarialVAE(model, gan) if gan.active else None
+        if judged is not None and self.strategy.parallel == "fsdp":
+            raise SettingError("the adversarial loss needs whole layers: --parallel none or ddp")
 
         def loss(step: int) -> tuple[Tensor, Logs]:
             done = step // settings.accumulation
@@ -189,7 +218,10 @@ class Run:
             pixels = pixel_batch(settings.seed, step, phase.batch, phase.num_frames).to(device)
             posterior = model.encode(pixels)
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
-            difference = model.decode(posterior.sample(noise.to(device))).float() - pixels
+            decoded = model.decode(posterior.sample(noise.to(device)))
+            if judged is not None:
+                return judged.loss(pixels, decoded, posterior, done, step % phase.num_frames)
+            difference = decoded.float() - pixels
             error = (edge_weight(pixels) * (difference.abs() + difference.square())).mean()
             kl = posterior.kl() / posterior.mean[0].numel()
             psnr = 10 * torch.log10(4 / difference.detach().square().mean())
@@ -202,7 +234,8 @@ class Run:
 
         # its blocks are not functions of their arguments: a clip's context remembers its last piece
         plain = replace(self, strategy=replace(self.strategy, activation_checkpointing="none"))
-        plain._train(model, loss, settings, "vae", {"phases": str(phases)})
+        said = {"phases": str(phases)} | ({"gan": str(gan)} if gan.active else {})
+        plain._train(judged or model, loss, settings, "vae", said, kept=model)
 
     def vae(self) -> CausalVAE:
         model = CausalVAE(self.recipe.config.vae)
@@ -223,10 +256,20 @@ class Run:
         path = self.folder / "latents" / "stills.safetensors"
         return self._encoded(path, self.recipe.num_stills, seed=2, num_frames=1)
 
-    def _encoded(self, path: Path, num_clips: int, *, seed: int, num_frames: int) -> LatentClips:
-        return encode_shapes(
-            self.vae(), path, num_clips=num_clips, seed=seed, num_frames=num_frames, quiet=self.quiet
+    def clips_at(self, stage: Resolution) -> LatentClips:
+        """The same clips, smaller (or shorter)."""
+        path = self.folder / "latents" / f"clips-{stage.num_frames}x{stage.size}.safetensors"
+        return self._encoded(
+            path, self.recipe.num_clips, seed=CLIP_SEED, num_frames=stage.num_frames, size=stage.size
         )
+
+    def _encoded(
+        self, path: Path, num_clips: int, *, seed: int, num_frames: int, size: int = shapes.SIZE
+    ) -> LatentClips:
+        return encode_shapes(
+            self.vae(), path, num_clips=num_clips, seed=seed, num_frames=num_frames, size=size,
+            quiet=self.quiet,
+        )  # fmt: skip
 
     def scaling_factor(self) -> float:
         """What the model folder's config says: `unit_scale` of the training clips."""
@@ -242,18 +285,48 @@ class Run:
         ids = {text: tokenizer([text]).ids[0] for text in _texts()}
         device = self.strategy.device or torch.device("cpu")
         loss_in = partial(_batch_loss, model, schedule, scale, ids, device=device)
+        smaller = [(stage.begin, self.clips_at(stage)) for stage in recipe.resolutions]
+        if recipe.pack and self.strategy.parallel == "fsdp":
+            raise SettingError("frame packs need whole layers: --parallel none or ddp")
 
         def loss(step: int) -> tuple[Tensor, Logs]:
-            rng = np.random.default_rng([settings.seed, step])
+            rng, done = np.random.default_rng([settings.seed, step]), step // settings.accumulation
             loss_of = partial(loss_in, share=Share.of(step, settings.accumulation))
-            if step // settings.accumulation < recipe.still_steps:
+            if done < recipe.still_steps:
                 image = loss_of(stills, 3 * recipe.still_batch, rng)
                 return image, {"image": float(image.detach())}
-            video, image = loss_of(clips, recipe.clip_batch, rng), loss_of(stills, recipe.still_batch, rng)
+            now = next((c for begin, c in reversed(smaller) if done >= begin * settings.steps), clips)
+            if recipe.pack:
+                draws = [(now, recipe.clip_batch), (stills, recipe.still_batch)]
+                return _packed_loss(model, schedule, scale, ids, draws, rng, device=device,
+                                    share=Share.of(step, settings.accumulation))  # fmt: skip
+            video, image = loss_of(now, recipe.clip_batch, rng), loss_of(stills, recipe.still_batch, rng)
             return video + 0.5 * image, {"video": float(video.detach()), "image": float(image.detach())}
 
         said = {"clips": recipe.clip_batch, "stills": recipe.still_batch, "scale": scale}
-        self._train(model, loss, settings, "transformer", said)
+        more = {"resolutions": str(recipe.resolutions)} if recipe.resolutions else {}
+        self._train(
+            model, loss, settings, "transformer", said | more | ({"pack": True} if recipe.pack else {})
+        )
+
+    def train_quality(self) -> None:
+        """High-quality fine-tuning (paper section 3.1's last stage): the clearest clips alone."""
+        recipe, settings = self.recipe, self.recipe.quality
+        model = self.joint_model("transformer")
+        clips, tokenizer = self.clips(), self.tokenizer()
+        scale, schedule = unit_scale(clips), NoiseSchedule.from_config(recipe.config.schedule)
+        best = clearest(clips, recipe.quality_share)
+        ids = {text: tokenizer([text]).ids[0] for text in _texts()}
+        device = self.strategy.device or torch.device("cpu")
+
+        def loss(step: int) -> tuple[Tensor, Logs]:
+            share, rng = Share.of(step, settings.accumulation), np.random.default_rng([settings.seed, step])
+            value = _batch_loss(model, schedule, scale, ids, best, recipe.clip_batch, rng, share=share,
+                                device=device)  # fmt: skip
+            return value, {"samples": recipe.clip_batch}
+
+        model.requires_grad_(True)
+        self._train(model, loss, settings, "quality", {"share": recipe.quality_share, "scale": scale})
 
     def train_image_to_video(self) -> None:
         """Starts from the trained transformer; see `finetune.trainable`."""
@@ -295,18 +368,28 @@ class Run:
         load_into(model, load_file(path))
         return model.eval()
 
-    def joint_model(self) -> JointModel:
+    def joint_model(self, stage: str = "") -> JointModel:
+        """As the stage left it; by default the last stage that was run."""
+        refined = (self.folder / "quality" / "weights.safetensors").exists()
+        stage = stage or ("quality" if refined else "transformer")
         model = JointModel(self.recipe.config, 0)
-        load_into(model, load_file(self.needed("transformer/weights.safetensors", "transformer")))
+        load_into(model, load_file(self.needed(f"{stage}/weights.safetensors", stage)))
         return model.eval()
 
     def _train(
-        self, model: nn.Module, loss: Objective, settings: TrainConfig, name: str, said: dict[str, Any]
+        self,
+        model: nn.Module,
+        loss: Objective,
+        settings: TrainConfig,
+        name: str,
+        said: dict[str, Any],
+        *,
+        kept: nn.Module | None = None,
     ) -> None:
-        """`said`: what else than the settings identifies the run."""
+        """`said`: what else than the settings identifies the run; `kept`: the part that is saved."""
         folder, recipe = self.folder / name, recipe_of(settings, **said)
         train(model, loss, settings, folder, recipe=recipe, quiet=self.quiet, strategy=self.strategy)
-        self._save(model, name)
+        self._save(kept or model, name)
 
     def _save(self, model: nn.Module, name: str) -> None:
         state = whole_state(model, self.strategy)
@@ -328,6 +411,18 @@ def unit_scale(clips: LatentClips) -> float:
     latents = clips.latents.float()
     background = latents.flatten(3).median(-1).values[..., None, None]
     return float(f"{1 / float((latents - background).std()):.4g}")
+
+
+def clearest(clips: LatentClips, share: float) -> LatentClips:
+    """The share of the clips whose latents differ most from their background: a score that needs no judge."""
+    if not 0 < share <= 1:
+        raise SettingError(f"quality_share must be above 0 and at most 1, got {share}")
+    latents = clips.latents.float()
+    background = latents.flatten(3).median(-1).values[..., None, None]
+    scores = (latents - background).square().flatten(1).mean(1)
+    best = scores.argsort(descending=True)[: max(1, round(share * len(clips)))].sort().values
+    captions = tuple(clips.captions[i] for i in best.tolist())
+    return LatentClips(latents=clips.latents[best], captions=captions)
 
 
 def _texts() -> set[str]:
@@ -360,3 +455,29 @@ def _batch_loss(
     timesteps = torch.from_numpy(rng.permutation(steps))
     x0, timesteps, noise = (x.to(device) for x in (x0, timesteps, noise))
     return diffusion_loss(model.transformer, schedule, x0, features, timesteps, noise).mean()
+
+
+def _packed_loss(
+    model: JointModel,
+    schedule: NoiseSchedule,
+    scale: float,
+    ids: dict[str, Tensor],
+    draws: list[tuple[LatentClips, int]],
+    rng: np.random.Generator,
+    *,
+    share: Share,
+    device: torch.device,
+) -> tuple[Tensor, Logs]:
+    """Mean loss of so many random samples of each kind, all in one frame pack (`training.pack`)."""
+    x0, texts = [], []
+    for clips, size in draws:
+        for i in rng.integers(len(clips), size=size):
+            x0.append(clips.latents[int(i)].float() * scale)
+            said = clips.captions[i].image_text if len(x0[-1]) == 1 else clips.captions[i].text
+            texts.append("" if rng.random() < TEXT_DROPOUT else said)
+    steps = torch.from_numpy(rng.permutation(share.spread(len(x0), rng, schedule.num_timesteps)))
+    noise = [torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)).to(device) for x in x0]
+    features = model.text_encoder(torch.stack([ids[text] for text in texts]).to(device))
+    each = packed_loss(model.transformer, schedule, [x.to(device) for x in x0], list(features),
+                       steps.to(device), noise)  # fmt: skip
+    return each.mean(), {"samples": len(x0)}
