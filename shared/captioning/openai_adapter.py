@@ -176,7 +176,7 @@ class ChatEndpoint:
             return RefusedError(text)
         if error.code not in TRANSIENT and error.code < 500:
             return CaptionError(text)
-        wait = retry_after(error.headers, time.time())
+        wait = retry_after(dict(error.headers), time.time())
         if wait and error.code in (429, 503) and wait <= self._retry.longest_wait:
             self._rate.hold(wait)
         return TransientError(text, wait)
@@ -232,7 +232,7 @@ def _joined(content: Any) -> str:
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds to wait by the header Retry-After, a number or a date; None without a legible one. `now` in
     seconds since 1970."""
-    given = (headers.get("Retry-After") or "").strip()
+    given = next((value for name, value in headers.items() if name.lower() == "retry-after"), "").strip()
     if given.replace(".", "", 1).isdecimal():
         return float(given)
     try:

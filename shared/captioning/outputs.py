@@ -11,7 +11,7 @@ from typing import Any
 
 from shared.captioning.instructions import summary_messages
 from shared.captioning.pipeline import ClipCaptions, Outcome
-from shared.clips.dataset import CAPTION_FIELDS, METADATA, VIDEO_FIELDS, VIDEOS, Clip, read_clips
+from shared.clips.dataset import CAPTION_FIELDS, METADATA, VIDEO_FIELDS, VIDEOS, Clip, folder_of, read_clips
 from shared.errors import OutputPathError, SettingError
 from shared.files import atomic_path, write_json
 
@@ -38,9 +38,11 @@ def _bare(number: int, file: Path, folder: Path) -> Clip:
     return Clip(number=number, name=file.relative_to(folder).as_posix(), video=file, caption="")
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """OutputPathError where the list there is none that an earlier run wrote: a run that is repeated goes on,
-    but nobody's own captions are lost."""
+def check_folder(folder: Path, source: Path, *, overwrite: bool) -> None:
+    """OutputPathError where the new list would be among those of `source`, or replace one that no earlier run
+    wrote: a run that is repeated goes on, but nobody's own captions are lost."""
+    if folder.resolve() == folder_of(source).resolve():
+        raise OutputPathError(f"{folder} holds the clips' own list; choose another folder for the new one")
     if folder.exists() and not folder.is_dir():
         raise OutputPathError(f"{folder} is a file; captions need a folder")
     if (folder / METADATA).exists() and not (folder / REPORT).exists() and not overwrite:

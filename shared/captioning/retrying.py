@@ -57,19 +57,21 @@ class RetrySettings:
 def with_retries(ask: Callable[[], ResultT], settings: RetrySettings, sleep: Sleep) -> ResultT:
     """What `ask` returns, asked again after a TransientError; CaptionError when attempts have run out or the
     other side wants a longer wait than is allowed."""
-    for attempt in range(settings.attempts):
+    for attempt in range(settings.attempts - 1):
         try:
             return ask()
         except TransientError as error:
-            wait, last = settings.wait(attempt, error.wait), error
-        if attempt + 1 == settings.attempts:
-            break
-        if wait > settings.longest_wait:
-            raise CaptionError(f"{last}; it asks to wait {wait:.0f} s, over {settings.longest_wait:g} s")
+            wait = settings.wait(attempt, error.wait)
+            if wait > settings.longest_wait:
+                long = f"it asks to wait {wait:.0f} s, over {settings.longest_wait:g} s"
+                raise CaptionError(f"{error}; {long}") from error
         sleep(wait)
-    if settings.attempts == 1:
-        raise last
-    raise CaptionError(f"{last} ({settings.attempts} attempts)")
+    try:
+        return ask()
+    except TransientError as error:
+        if settings.attempts == 1:  # another loop may be around this one
+            raise
+        raise CaptionError(f"{error} ({settings.attempts} attempts)") from error
 
 
 class RateLimit:

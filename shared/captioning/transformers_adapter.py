@@ -109,8 +109,9 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, 
             (AutoProcessor, AutoModelForImageTextToText) if sees else (AutoTokenizer, AutoModelForCausalLM)
         )
         processor = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=dtype)
+        model: Any = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(f"cannot load {folder}: {reason}") from error
-    return processor, model.eval().to(device), sees
+    model.to(device=device)
+    return processor, model.eval(), sees

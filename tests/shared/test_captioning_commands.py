@@ -128,12 +128,14 @@ def test_stages_by_different_adapters(films: Path, tmp_path: Path) -> None:
 
 def test_errors_are_one_line(films: Path, tmp_path: Path, capsys) -> None:
     (films / "captioned").mkdir()
+    write_metadata(films / "other", {"a.mp4": "somebody's own"})
     cases: list[tuple[tuple[object, ...], int, str]] = [
         ((films, tmp_path / "o", "--adapter", "shaps"), 2, "unknown adapter 'shaps' (nearest: 'shapes')"),
         ((films, tmp_path / "o", "--adapter", "openai"), 2, "legal: shapes (the demo"),
         ((films, tmp_path / "o", "--adapter", "openai:m"), 2, "needs --base_url"),
         ((films, tmp_path / "o", "--adapter", "transformers:/no"), 3, "no config.json"),
-        ((films, films, "--adapter", "shapes"), 2, "is another list"),
+        ((films, films, "--adapter", "shapes", "--overwrite"), 2, "holds the clips' own list"),
+        ((films, films / "other", "--adapter", "shapes"), 2, "is another list"),
         ((films, tmp_path / "o", "--adapter", "shapes", "--every", 0), 2, "every must be more than 0"),
         ((films, tmp_path / "o", "--adapter", "shapes", "--num_workers", 0), 2, "at least 1, got 0"),
         ((films, tmp_path / "o", "--adapter", "shapes", "--end_to_end", "--short", "given"), 2, "no stages"),

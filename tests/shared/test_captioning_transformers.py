@@ -96,8 +96,8 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, tokens: int = 6) -> LocalChatModel:
-    return LocalChatModel(folder, device=torch.device("cpu"), dtype=torch.float32, max_new_tokens=tokens)
+def load(folder: Path, tokens: int = 6, dtype: torch.dtype = torch.float32) -> LocalChatModel:
+    return LocalChatModel(folder, device=torch.device("cpu"), dtype=dtype, max_new_tokens=tokens)
 
 
 def pictures(count: int) -> Video:
@@ -139,6 +139,32 @@ def test_the_answer_is_that_of_the_model(vision: Path) -> None:
         assert got == expected
         answers.add(got)
     assert len(answers) > 1
+
+
+def test_half_precision(vision: Path) -> None:
+    model = load(vision, dtype=torch.bfloat16)
+    assert model.answer([Message(role="user", text="a ball", images=(pictures(1).frames[0],))])
+    assert model.recipe != load(vision).recipe
+
+
+def test_a_captioner_without_a_chat_template_sees_the_middle_picture(tmp_path: Path) -> None:
+    """BLIP, which continues its text: it gets no instruction, and repeats no question."""
+    from PIL import Image
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+
+    words = tokenizer()
+    says = small(len(words)) | {"encoder_hidden_size": 16, "sep_token_id": 2, "max_position_embeddings": 32}
+    sees = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 16, "patch_size": 8}  # fmt: skip
+    net = fill(BlipForConditionalGeneration(BlipConfig(text_config=says, vision_config=sees)))
+    processor = BlipProcessor(BlipImageProcessor(size={"height": 16, "width": 16}), words)
+    net.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    video = pictures(9)
+    captioner = ChatCaptioner(load(tmp_path), ChatSettings(short_frames=3))
+    pixels = processor(images=Image.fromarray(video.frames[4].numpy()), return_tensors="pt")
+    ids = net.generate(pixels["pixel_values"], do_sample=False, max_new_tokens=6)[0]
+    assert captioner.short(video) == processor.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_a_language_model_sums_up_and_sees_nothing(language: Path) -> None:

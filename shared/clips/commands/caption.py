@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
 
     clips = find_clips(options.input_path)
     folder: Path = options.output_path
-    check_folder(folder, overwrite=options.overwrite)
+    check_folder(folder, options.input_path, overwrite=options.overwrite)
     stop = Stop()
     cache = CaptionCache(options.cache_path or folder / CACHE)
     outcomes = _outcomes(clips, _describer(options, cache, stop), stop, options)
