@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideox_diff.config import VAEConfig
-from cogvideox_diff.vae.blocks import ClipNorm, Downsample, ResBlock, SpatialNorm, Upsample
+from cogvideox_diff.vae.blocks import ClipNorm, Downsample, ResBlock, SpatialNorm, Upsample, norm_conv
 from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, RunStage, run_causal
 from cogvideox_diff.vae.tiling import decode_tiles, encode_tiles, run_tiled
 
@@ -95,7 +94,7 @@ class Encoder(nn.Module):
             x_BCTHW = level(x_BCTHW, context)
         for block in self.middle:
             x_BCTHW = block(x_BCTHW, None, context)
-        return self.conv_out(F.silu(self.norm_out(x_BCTHW, None, context)), context)
+        return norm_conv(self.norm_out, self.conv_out, x_BCTHW, None, context)
 
 
 class DecoderLevel(nn.Module):
@@ -146,7 +145,7 @@ class Decoder(nn.Module):
             x_BCTHW = block(x_BCTHW, z_BZthw, context)
         for level in self.levels:
             x_BCTHW = level(x_BCTHW, z_BZthw, context)
-        return self.conv_out(F.silu(self.norm_out(x_BCTHW, z_BZthw, context)), context)
+        return norm_conv(self.norm_out, self.conv_out, x_BCTHW, z_BZthw, context)
 
 
 class CausalVAE(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideox_diff.vae import fast
 from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, per_frame, pointwise
 
 
@@ -44,6 +45,10 @@ class ClipNorm(nn.Module):
     def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
         return context.group_norm(self.norm, x_BCTHW)
 
+    def affine(self, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> fast.Affine:
+        """The same as a scale and shift."""
+        return fast.norm_affine(self.norm, fast.channels_last(x_BCTHW))
+
 
 class SpatialNorm(nn.Module):
     """Group norm of the decoder, scaled and shifted by the nearest latent (MoVQ, arXiv 2209.09002).
@@ -58,12 +63,22 @@ class SpatialNorm(nn.Module):
         self.shift = nn.Conv3d(latent_channels, channels, kernel_size=1)
 
     def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor, context: ClipContext) -> Tensor:
-        num_frames = x_BCTHW.shape[2]
+        scale_BCThw, shift_BCThw = self.maps(z_BZthw, x_BCTHW.shape[2], context)
+        return modulate(context.group_norm(self.norm, x_BCTHW), scale_BCThw, shift_BCThw)
+
+    def maps(self, z_BZthw: Tensor, num_frames: int, context: ClipContext) -> tuple[Tensor, Tensor]:
+        """The scale and shift [B, C, T, h, w] that the latents give."""
         single = context.has_single_frame(num_frames)
         scale_BCThw, shift_BCThw = (
             stretch_time(pointwise(conv, z_BZthw), num_frames, single) for conv in (self.scale, self.shift)
         )
-        return modulate(context.group_norm(self.norm, x_BCTHW), scale_BCThw, shift_BCThw)
+        return scale_BCThw, shift_BCThw
+
+    def affine(self, x_BCTHW: Tensor, z_BZthw: Tensor, context: ClipContext) -> fast.Affine:
+        """Norm and modulation as one scale and shift."""
+        scale, shift = fast.norm_affine(self.norm, fast.channels_last(x_BCTHW))
+        more, plus = (x.float().movedim(1, -1) for x in self.maps(z_BZthw, x_BCTHW.shape[2], context))
+        return more * scale, torch.addcmul(plus, more, shift)
 
 
 def modulate(x_BCTHW: Tensor, scale_BCThw: Tensor, shift_BCThw: Tensor) -> Tensor:
@@ -89,6 +104,19 @@ def enlarge(x_BCThw: Tensor, size: list[int]) -> Tensor:
     )
 
 
+def norm_conv(
+    norm: ClipNorm | SpatialNorm,
+    conv: CausalConv3d,
+    x_BCTHW: Tensor,
+    z_BZthw: Tensor | None,
+    context: ClipContext,
+) -> Tensor:
+    """Norm, SiLU and causal convolution; without gradients in one (`fast`), which rounds otherwise."""
+    if fast.applies(x_BCTHW, context):
+        return fast.norm_conv(norm.affine(x_BCTHW, z_BZthw, context), conv, x_BCTHW, context)  # type: ignore[arg-type]
+    return conv(F.silu(norm(x_BCTHW, z_BZthw, context)), context)
+
+
 class ResBlock(nn.Module):
     """Two times norm, SiLU and causal convolution, plus the input."""
 
@@ -101,9 +129,10 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
-        h_BCTHW = self.conv1(F.silu(self.norm1(x_BCTHW, z_BZthw, context)), context)
-        h_BCTHW = self.conv2(F.silu(self.norm2(h_BCTHW, z_BZthw, context)), context)
-        return h_BCTHW + (x_BCTHW if self.shortcut is None else pointwise(self.shortcut, x_BCTHW))
+        h_BCTHW = norm_conv(self.norm1, self.conv1, x_BCTHW, z_BZthw, context)
+        h_BCTHW = norm_conv(self.norm2, self.conv2, h_BCTHW, z_BZthw, context)
+        skipped = x_BCTHW if self.shortcut is None else pointwise(self.shortcut, x_BCTHW)
+        return h_BCTHW + skipped if torch.is_grad_enabled() else h_BCTHW.add_(skipped)
 
 
 class Downsample(nn.Module):

@@ -92,20 +92,23 @@ class CausalConv3d(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, context: ClipContext) -> Tensor:
         x_BCTHW = context.extend(self, x_BCTHW, num_frames=2)
-        conv = conv_by_frames if _misses_fast_conv3d(x_BCTHW) else _conv_direct
-        return conv(x_BCTHW, self.conv.weight, self.conv.bias)
+        return convolve_extended(x_BCTHW, self.conv.weight, self.conv.bias)
 
 
-def _conv_direct(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv3d(x_BCTHW, weight, bias, padding=(0, 1, 1))
+def convolve_extended(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 1) -> Tensor:
+    """Convolve a piece that has its history in front; `padding` in height and width, 0 where it is there."""
+    if _misses_fast_conv3d(x_BCTHW):
+        return conv_by_frames(x_BCTHW, weight, bias, padding)
+    return F.conv3d(x_BCTHW, weight, bias, padding=(0, padding, padding))
 
 
-def conv_by_frames(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def conv_by_frames(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 1) -> Tensor:
     """The same convolution as a 2D one per output frame, whose channels are those of all frames it sees."""
     taps = weight.shape[2]
     num_out = x_BCTHW.shape[2] - taps + 1
     windows = torch.cat([x_BCTHW[:, :, i : i + num_out] for i in range(taps)], dim=1)  # [B, taps*C, T, H, W]
-    return per_frame(lambda x: F.conv2d(x, weight.transpose(1, 2).flatten(1, 2), bias, padding=1), windows)
+    kernel = weight.transpose(1, 2).flatten(1, 2)
+    return per_frame(lambda x: F.conv2d(x, kernel, bias, padding=padding), windows)
 
 
 def _misses_fast_conv3d(x_BCTHW: Tensor) -> bool:
