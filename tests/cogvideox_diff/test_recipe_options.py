@@ -1,4 +1,4 @@
-"""Options of a recipe that the demo does not use: progressive sizes, packs, a quality stage, averages, GAN."""
+"""Options of a recipe that the demo does not use: growing sizes, packs, a quality stage, averages, a GAN."""
 
 from __future__ import annotations
 
