@@ -69,7 +69,14 @@ class Parts:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.keyframes.word_embeddings.weight.device
+
+    @property
+    def nets(self) -> list[nn.Module]:
+        """All nets, in the order of their stages."""
+        fine = [net for name in FINE_STAGES if (net := getattr(self, name)) is not None]
+        return [self.keyframes, self.interpolation, *fine, self.vqvae]
 
 
 def read_config(folder: Path) -> CogVideoConfig:
@@ -95,7 +102,7 @@ def load_parts(folder: Path, dtype: torch.dtype, device: torch.device) -> Parts:
     tokenizer = load_tokenizer(text_model, config.keyframes.num_image_tokens)
     base = _read(folder / "keyframes.safetensors", dtype, device)
     keyframes = build(CogVideoTransformer, config.keyframes, base)
-    inherited = {name: base[name] for name, _ in keyframes.base_parameters()}
+    inherited = dict(keyframes.base_parameters())  # themselves: they are moved and pinned together
     own = _read(folder / "interpolation.safetensors", dtype, device)
     labels = folder / CLUSTERS
     return Parts(
@@ -194,8 +201,7 @@ def _check_same(name: str, config: Any, other: str, before: Any, fields: list[st
 
 
 def _read(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    tensors = load_tensors(needed(path), device=str(device))
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+    return load_tensors(needed(path), device=str(device), dtype_of=lambda name: dtype)
 
 
 def build(kind: Callable[[Any], nn.Module], config: Any, tensors: dict[str, Tensor]) -> Any:

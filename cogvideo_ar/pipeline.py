@@ -21,6 +21,7 @@ from cogvideo_ar.continuation import FitSize, Given, Prefix, prefix_of
 from cogvideo_ar.diagnostics import diagnose
 from cogvideo_ar.formats import open_folder
 from cogvideo_ar.layout import prompt_tokens
+from cogvideo_ar.memory import advice, resolve_offload
 from cogvideo_ar.options import Options, Plan, resolve
 from cogvideo_ar.parts import FAMILY, Parts, dtype_name, save_parts
 from cogvideo_ar.stages import Job, VQVAECodec, make_codes
@@ -28,7 +29,9 @@ from cogvideo_ar.super_resolution.direct import check_texts
 from cogvideo_ar.translation import is_chinese
 from shared.config_io import to_plain
 from shared.errors import SettingError
+from shared.memory import memory_stage
 from shared.model_folder import weights_mark
+from shared.offload import Placement
 from shared.protocol import GenerationRequest, GenerationResult, StageStats
 from shared.runtime import StageTimer, parse_device, parse_dtype
 from shared.tokenizers.icetk import IceTokenizer
@@ -47,6 +50,7 @@ class CogVideoPipeline:
     `options`, and `given` frames and translation.
 
     Weights that are not `float32` run the transformers in that dtype; the image codec stays in float32.
+    `placement` says where nets compute and where they wait (default: where they are), with the same results.
     `on_progress` is called with the share of the work that is done, 0..1.
     """
 
@@ -60,8 +64,10 @@ class CogVideoPipeline:
         options: Options | None = None,
         given: Given | None = None,
         weights: str = "unsaved",
+        placement: Placement | None = None,
     ) -> None:
         self.parts = parts
+        self.placement = placement or Placement(parts.device)
         self.weights = weights
         self.given = given or Given()
         self.options = options or Options()
@@ -76,17 +82,28 @@ class CogVideoPipeline:
         *,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        offload: str = "none",
     ) -> CogVideoPipeline:
         """`source` is "demo", a model folder, or one with the released parts (`cogvideo_ar.sat_layout`); None
-        is the folder's dtype, and the first GPU or the CPU.
+        is the folder's dtype, and the first GPU or the CPU. `offload` "model" lets nets wait on the CPU for
+        their turn, "sequential" their blocks too, "auto" as much of it as a call with default settings needs
+        (see `shared.offload.Placement`); where the CPU computes, all of them are "none".
 
-        Raises WeightsError where a file is missing, damaged or of another model, SettingError for a dtype or
-        device that is unknown or not there.
+        Raises WeightsError where a file is missing, damaged or of another model, SettingError for a dtype,
+        device or offload that is unknown or not there, OutOfMemoryError where the weights do not fit.
         """
         folder = open_folder(source)
         chosen = parse_dtype(dtype) if isinstance(dtype, str) else dtype or folder.dtype
-        parts = folder.load(chosen, parse_device(str(device or "auto")))
-        return cls(parts, weights=weights_mark(folder.path))
+        place, plan = parse_device(str(device or "auto")), resolve(folder.config, Options())
+        mode, _ = resolve_offload(offload, folder.config, plan, chosen, place)
+        on_cpu = place.type == "cpu"
+        with memory_stage(
+            "loading", lambda: advice("loading", offload=mode, dtype=chosen, plan=plan, on_cpu=on_cpu)
+        ):
+            parts = folder.load(chosen, place if mode == "none" else torch.device("cpu"))
+            placement = Placement(place, mode)
+            placement.place(*parts.nets)
+        return cls(parts, weights=weights_mark(folder.path), placement=placement)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write a model folder that `from_pretrained` reads; `dtype` is that of the stored weights (default:
@@ -99,7 +116,7 @@ class CogVideoPipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.parts.device
+        return self.placement.compute
 
     def configured(
         self,
@@ -116,7 +133,13 @@ class CogVideoPipeline:
         if clusters is not None:
             parts = replace(parts, cluster_labels=clusters)
         merged = self.options.merged(options or Options())
-        return CogVideoPipeline(parts, options=merged, given=given or self.given, weights=self.weights)
+        return CogVideoPipeline(
+            parts,
+            options=merged,
+            given=given or self.given,
+            weights=self.weights,
+            placement=self.placement,
+        )
 
     def continuing(self, frames: Video, *, fit_size: FitSize | None = None) -> CogVideoPipeline:
         """The same pipeline, whose every video begins with these frames, as the image codec keeps them. They
@@ -183,7 +206,8 @@ class CogVideoPipeline:
 
     def diagnostics(self, videos: Sequence[Video], prompts: Sequence[str]) -> dict[str, list[float]]:
         """How well the key-frame stage predicts true clips (`cogvideo_ar.diagnostics.diagnose`)."""
-        return diagnose(self.parts, self.plan.sampling, videos, prompts)
+        with self.placement.computing(self.parts.keyframes, self.parts.vqvae):
+            return diagnose(self.parts, self.plan.sampling, videos, prompts)
 
     # ---- the stages
 
@@ -217,10 +241,12 @@ class CogVideoPipeline:
             prefixes=prefixes,
             plan=plan,
             timer=timer,
+            placement=self.placement,
+            dtype=self.dtype,
             count=self._counter(len(prompts), plan, prefixes[0].num_keys),
         )
         codes_BMhw = make_codes(parts, self.codec, job)
-        with timer.stage("decode", unit="frames", units=plan.num_frames * len(prompts)):
+        with job.stage("decode", parts.vqvae, unit="frames", units=plan.num_frames * len(prompts)):
             videos = [self.codec.decode(codes, plan.fps) for codes in codes_BMhw]
         shares = {name: _share(stats, len(prompts)) for name, stats in timer.stages.items()}
         text = shares["text"]

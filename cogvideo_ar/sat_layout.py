@@ -161,7 +161,7 @@ class SatFolder:
         base, own = (convert(load_tensors(folder), SAT_STAGE) for folder in self.stages)
         keyframes = build(CogVideoTransformer, config.keyframes, _moved(base, dtype, device))
         inherited = {
-            name: x.detach()
+            name: x  # itself: it is moved and pinned once
             for name, x in keyframes.base_parameters()
             if name in own and torch.equal(base[name], own[name])
         }

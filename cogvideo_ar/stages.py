@@ -5,7 +5,8 @@ Legend: B samples, M frames of a video, S tokens of a frame, h/w token rows/colu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,15 @@ from cogvideo_ar.continuation import Prefix, known_tokens
 from cogvideo_ar.generation import StageSamplers, TokenSampler, build_samplers
 from cogvideo_ar.interpolation import interpolate
 from cogvideo_ar.keyframes import generate_first_frames, generate_keyframes
+from cogvideo_ar.memory import advice
 from cogvideo_ar.options import PIXELS_PER_TOKEN, Plan
 from cogvideo_ar.parts import Parts
 from cogvideo_ar.super_resolution.direct import build_direct_sampler, enlarge_videos
 from cogvideo_ar.super_resolution.iterative import build_pass_samplers, refine_videos, refined_cells
 from cogvideo_ar.vqvae import VQVAE
 from shared.errors import OutputCheckError
+from shared.memory import memory_stage
+from shared.offload import Placement
 from shared.runtime import StageTimer, check_finite, finite_outputs, generator
 from shared.video import Video
 
@@ -63,7 +67,24 @@ class Job:
     prefixes: list[Prefix]
     plan: Plan
     timer: StageTimer
+    placement: Placement
+    dtype: torch.dtype
     count: Callable[[float], None]
+
+    @contextmanager
+    def stage(self, name: str, net: nn.Module, *, unit: str, units: int) -> Iterator[None]:
+        """A timed stage that has `net` on the computing device, and says what to try if memory runs out."""
+        with (
+            self.timer.stage(name, unit=unit, units=units),
+            memory_stage(name, lambda: self.savers(name)),
+            self.placement.computing(net),
+        ):
+            yield
+
+    def savers(self, stage: str) -> list[str]:
+        """What is left to try if `stage` does not fit into memory."""
+        on_cpu = self.placement.compute.type == "cpu"
+        return advice(stage, offload=self.placement.mode, dtype=self.dtype, plan=self.plan, on_cpu=on_cpu)
 
     @property
     def size(self) -> int:
@@ -114,14 +135,14 @@ def _tokens(parts: Parts, codec: VQVAECodec, job: Job) -> Tensor:
         )
 
     if not num_given:
-        with job.timer.stage("model/first_frame", unit="tokens", units=frame_units):
+        with job.stage("model/first_frame", parts.keyframes, unit="tokens", units=frame_units):
             frames_BMS = _located(parts.keyframes, first)
     if missing:
-        with job.timer.stage("model/keyframes", unit="tokens", units=missing * frame_units):
+        with job.stage("model/keyframes", parts.keyframes, unit="tokens", units=missing * frame_units):
             frames_BMS = _located(parts.keyframes, keys)
     if plan.num_rounds:
         units = job.size * (plan.num_frames - plan.num_keyframes) * parts.config.keyframes.frame_len
-        with job.timer.stage("model/interpolation", unit="tokens", units=units):
+        with job.stage("model/interpolation", parts.interpolation, unit="tokens", units=units):
             frames_BMS = _located(parts.interpolation, between)
     return frames_BMS.unflatten(2, parts.config.keyframes.grid)
 
@@ -132,13 +153,13 @@ def _known(parts: Parts, codec: VQVAECodec, job: Job) -> Tensor:
     codes = [torch.empty(0, *grid, dtype=torch.long)] * job.size
     if job.prefixes[0].num_keys:
         units = sum(len(prefix.frames) for prefix in job.prefixes if prefix.frames is not None)
-        with job.timer.stage("encode", unit="frames", units=units):
+        with job.stage("encode", parts.vqvae, unit="frames", units=units):
             codes = [
                 codec.encode(Video(frames=prefix.frames, fps=job.plan.fps))
                 for prefix in job.prefixes
                 if prefix.frames is not None
             ]
-    return known_tokens(job.prefixes, codes, job.plan, grid[0] * grid[1]).to(parts.device)
+    return known_tokens(job.prefixes, codes, job.plan, grid[0] * grid[1]).to(job.placement.compute)
 
 
 def _enlarged(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
@@ -155,7 +176,7 @@ def _enlarged(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
         return enlarge_videos(model, *arguments, job.streams("super_resolution"), codes_BMhw.flatten(2))
 
     units = job.size * job.plan.num_frames * model.config.fine_len
-    with job.timer.stage("model/super_resolution", unit="tokens", units=units):
+    with job.stage("model/super_resolution", model, unit="tokens", units=units):
         return _located(model, enlarge).unflatten(2, model.config.fine_grid)
 
 
@@ -175,7 +196,7 @@ def _refined(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
         return refine_videos(model, *arguments, job.streams("refinement"), codes_BMhw.flatten(2))
 
     units = job.size * job.plan.num_frames * cells
-    with job.timer.stage("model/refinement", unit="tokens", units=units):
+    with job.stage("model/refinement", model, unit="tokens", units=units):
         return _located(model, refine).unflatten(2, model.config.fine_grid)
 
 

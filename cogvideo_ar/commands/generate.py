@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="given frames of another size: refuse (the default), crop or resize")
     parser.add_argument("--translation", type=Path,
                         help="prompts in the model's language: a .tsv or .json table PROMPT -> TRANSLATION")
+    parser.add_argument("--offload", choices=("none", "model", "sequential", "auto"), default="none",
+                        help="weights wait on the CPU: none, nets, or their blocks; changes no token")
 # fmt: on
 
 
@@ -64,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
     from cogvideo_ar.clusters import clusters_mark
     from cogvideo_ar.continuation import Given, prefix_of
     from cogvideo_ar.formats import open_folder
+    from cogvideo_ar.memory import resolve_offload
     from cogvideo_ar.options import resolve
     from cogvideo_ar.pipeline import CogVideoPipeline, effective_settings
     from shared.model_folder import weights_mark
@@ -81,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
     clusters = _clusters(options, folder)
     dtype = folder.dtype if options.dtype is None else parse_dtype(options.dtype)
     device = parse_device(options.device)
+    offload, why = resolve_offload(options.offload, config, plan, dtype, device)
     settings = effective_settings(
         plan,
         weights=weights_mark(folder.path),
@@ -90,7 +95,9 @@ def run(options: argparse.Namespace) -> None:
     )
 
     def load() -> CogVideoPipeline:
-        pipeline = CogVideoPipeline.from_pretrained(folder.path, dtype=dtype, device=device)
+        pipeline = CogVideoPipeline.from_pretrained(folder.path, dtype=dtype, device=device, offload=offload)
+        if options.offload != "none" and not (options.quiet or options.json):
+            sys.stderr.write(f"memory: offload {offload}{why and f' ({why})'}\n")
         spare_threads(pipeline.parts.keyframes)
         return pipeline.configured(wishes, sampling, given=given, clusters=clusters)
 
