@@ -15,6 +15,9 @@ PROGRAM = Program(
         "report": "measure a run again from its frames and write its report",
         "compare": "two runs, prompt by prompt",
         "peers": "speed and memory beside the peers, turn by turn with the same weights",
+        "import_videos": "a run of videos that were made elsewhere",
+        "vbench": "videos to VBench, and its results back",
+        "study": "blinded pairs for people to judge, and what their answers show",
         "list": "the models, suites and metrics there are",
     },
 )

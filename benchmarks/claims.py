@@ -106,13 +106,14 @@ class Claims:
         names = [path.stem for path in self._workers.glob("*.json") if _read(path).get("run") == self.run]
         return any(self._alive(name) for name in names)
 
-    def sweep(self) -> None:
-        """Remove all claims, unless a worker of another run is at work here."""
+    def sweep(self) -> bool:
+        """Remove all claims, unless a worker of another run is at work here: then False."""
         for path in self._workers.glob("*.json"):
             if _read(path).get("run") != self.run and self._alive(path.stem):
-                return
+                return False
         for folder in (self._claims, self._workers):
             shutil.rmtree(folder, ignore_errors=True)
+        return True
 
     def _alive(self, worker: str) -> bool:
         said = _read(self._file(worker))

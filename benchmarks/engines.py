@@ -47,22 +47,18 @@ def _torchrun(suite: Suite, folder: RunFolder, build: Build, quiet: bool) -> Out
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    dist.init_process_group("gloo")
-    try:
-        first = dist.get_rank() == 0
-        with Claims(folder.path, run=_common_run()) as claims:
-            dist.barrier()  # all are known before the first can be done
-            make_share(suite, folder, build=build, claims=claims, quiet=quiet or not first)
-            return conclude(suite, folder, claims) if first else None
-    finally:
-        dist.destroy_process_group()
-
-
-def _common_run() -> str:
-    """The first process's word for what all do together."""
-    said: list[str] = [os.urandom(16).hex()]
-    dist.broadcast_object_list(said)
-    return said[0]
+    store, rank, world = next(
+        dist.rendezvous("env://")
+    )  # no process group: a restart would have to rebuild it
+    if rank == 0:
+        store.set("run", os.urandom(16).hex())
+    with Claims(folder.path, run=store.get("run").decode()) as claims:
+        store.set(f"ready {rank}", "yes")
+        store.wait([f"ready {other}" for other in range(world)])  # all are known before the first can be done
+        make_share(suite, folder, build=build, claims=claims, quiet=quiet or rank > 0)
+        if rank > 0:
+            return None
+        return conclude(suite, folder, claims)
 
 
 def _ray(suite: Suite, folder: RunFolder, build: Build, workers: int) -> Outcome:

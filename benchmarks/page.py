@@ -17,7 +17,7 @@ from benchmarks.metrics import METRICS, RefusedError
 from benchmarks.metrics.prompt_accuracy import wanted_attributes
 from benchmarks.published import PUBLISHED
 from benchmarks.runner import clip_names
-from benchmarks.storage import RunFolder, load_frames, sidecars
+from benchmarks.storage import RunFolder, readable, sidecars
 from benchmarks.suites import Suite, suite_from
 from shared.clips import shapes
 from shared.video import Video
@@ -112,7 +112,9 @@ def prompt_rows(
         if not full and (room <= 0 or len(strips) >= MAX_STRIPS):
             break
         cells = {
-            name: cell(load_frames(place, sidecar), sidecar, full) for name, (place, sidecar) in found.items()
+            name: cell(video, sidecar, full)
+            for name, (place, sidecar) in found.items()
+            if (video := readable(place, sidecar)) is not None  # the notes list what is damaged
         }
         (films if full else strips).append({"prompt": prompt, "cells": cells})
         room -= sum(
@@ -189,12 +191,15 @@ def clip_rows(folder: RunFolder, suite: Suite, models: list[str]) -> list[dict[s
     """Contact sheets of ground truth above each codec's reconstruction."""
     rows = []
     for clip in sidecars(folder.clips, clip_names(suite)[: min(MAX_CLIPS, suite.num_clips)]):
-        truth = load_frames(folder.clips, clip)
+        truth = readable(folder.clips, clip)
+        if truth is None:
+            continue
         strips = [{"name": TRUTH, "picture": media.picture(media.strip(truth))}]
         for model in models:
             for made in sidecars(folder.reconstructions(model), [clip["id"]]):
-                video = load_frames(folder.reconstructions(model), made)
-                strips.append({"name": model, "picture": media.picture(media.strip(video))})
+                video = readable(folder.reconstructions(model), made)
+                if video is not None:
+                    strips.append({"name": model, "picture": media.picture(media.strip(video))})
         if len(strips) > 1:
             rows.append({"prompt": clip["prompt"], "strips": strips})
     return rows

@@ -38,6 +38,33 @@ def _cogvideox(source: str) -> VideoGenerator:
     return CogVideoXPipeline.from_pretrained(source)
 
 
+def _external(source: str) -> VideoGenerator:
+    from benchmarks.imports import ImportedVideos
+
+    return ImportedVideos.open(Path(source))
+
+
+def _diffusers(source: str) -> VideoGenerator:
+    """With the size and the sampling that our own pipeline would use for these weights."""
+    from benchmarks.peers.generator import DiffusersVideos, PeerCall
+    from cogvideox_diff.formats import open_folder
+
+    folder = open_folder(source)
+    config, size, sampling = folder.config, folder.config.geometry, folder.config.sampling
+    call = PeerCall(
+        num_frames=size.num_frames,
+        height=size.height,
+        width=size.width,
+        fps=size.fps,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        use_dynamic_cfg=bool(sampling.dynamic_cfg),
+        text_len=config.text.text_len,
+        dtype=folder.trained_dtype,
+    )
+    return DiffusersVideos.open(Path(source), call)
+
+
 def _cogvideo_costs(source: str, settings: Mapping[str, Any]) -> list[StageCost]:
     from cogvideo_ar.costs import stage_costs
     from cogvideo_ar.formats import open_folder
@@ -82,7 +109,16 @@ def module(family: str, name: str) -> Any:
     return importlib.import_module(f"{PACKAGES[family]}.{name}")
 
 
-FAMILIES: dict[str, Callable[[str], VideoGenerator]] = {"cogvideo": _cogvideo, "cogvideox": _cogvideox}
+FAMILIES: dict[str, Callable[[str], VideoGenerator]] = {
+    "cogvideo": _cogvideo,
+    "cogvideox": _cogvideox,
+    "diffusers": _diffusers,
+    "external": _external,
+}
+MEANING = {
+    "diffusers": "weights of your own in diffusers' pipeline (extra `peers`)",
+    "external": "videos that were made elsewhere, as `import_videos` reads them",
+}
 COSTS: dict[str, Callable[[str, Mapping[str, Any]], list[StageCost]]] = {
     "cogvideo": _cogvideo_costs,
     "cogvideox": _cogvideox_costs,
@@ -143,7 +179,7 @@ def cost_models(models: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
         try:
             preset = resolve(name)
             stages = COSTS[preset.family](preset.source, settings)
-        except UserError:
+        except (UserError, KeyError):  # no such folder any more, or a family without a cost model
             continue
         if stages:
             found[name] = cost_model(stages, parse_dtype(settings["dtype"]))

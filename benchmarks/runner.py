@@ -21,6 +21,7 @@ from benchmarks.storage import (
     intact,
     load_frames,
     read_json,
+    remove_leftovers,
     save_item,
     sidecars,
 )
@@ -125,7 +126,8 @@ def conclude(suite: Suite, folder: RunFolder, claims: Claims) -> Outcome:
     outcome = outcome_of(claims, work_names(suite, folder, described), folder.failures)
     outcome.models = {name: described[name] for name in suite.models}  # whoever told first: the suite's order
     write_index(suite, folder, outcome)
-    claims.sweep()
+    if claims.sweep():
+        remove_leftovers(folder)
     return outcome
 
 
@@ -294,7 +296,7 @@ def codec_tasks(bench: Bench, clips: list[dict[str, Any]]) -> list[Task]:
             target,
             f"{bench.model}/codec/{clip['id']}",
             (clip["id"], clip_hash(bench.settings_hash, clip)),
-            lambda clip=clip: code(bench, codec, clip),
+            lambda clip=clip, codec=codec: code(bench, codec, clip),
         )
         for clip in clips
     ]

@@ -126,13 +126,28 @@ def finished(folder: Path, name: str, settings_hash: str) -> bool:
     return False
 
 
+def readable(folder: Path, sidecar: Mapping[str, Any]) -> Video | None:
+    """The lossless frames of an item; None where they are damaged."""
+    try:
+        return load_frames(folder, {**sidecar})
+    except (UserError, KeyError):
+        return None
+
+
 def intact(folder: Path, name: str) -> bool:
     """Can the item's frames be read, and are they those of the sidecar?"""
+    path = folder / f"{name}.json"
     try:
-        load_frames(folder, read_json(folder / f"{name}.json"))
-    except (UserError, KeyError):
+        return path.is_file() and readable(folder, read_json(path)) is not None
+    except SettingError:
         return False
-    return True
+
+
+def remove_leftovers(folder: RunFolder) -> None:
+    """Half-written files of processes that were killed. Only for when nobody is at work in the folder."""
+    for path in folder.path.rglob(".*.tmp*"):
+        if re.fullmatch(r"\..+\.\d+\.tmp(\.\w+)?", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def state(folder: RunFolder) -> str:

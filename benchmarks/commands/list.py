@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     groups: dict[str, dict[str, str]] = {
         "models": {name: preset.description for name, preset in registry.PRESETS.items()}
-        | {f"{family}:FOLDER": "weights of your own" for family in registry.FAMILIES},
+        | {
+            f"{family}:FOLDER": registry.MEANING.get(family, "weights of your own")
+            for family in registry.FAMILIES
+        },
         "suites": {name: load_suite(name).description for name in suite_names()},
         "metrics": {name: f"{metric.recipe_id}  {metric_words(metric)}" for name, metric in METRICS.items()},
         "feature_files": dict(KINDS),
