@@ -216,6 +216,19 @@ def test_nothing_is_asked_twice(clips: tuple[Clip, ...], tmp_path: Path) -> None
     assert texts(run(clips, staged(again, cache))) == first and not again.calls and cache.num_asked == 0
 
 
+def test_copies_worked_on_at_once_are_asked_about_once(clips: tuple[Clip, ...], tmp_path: Path) -> None:
+    class Slow(Stub):
+        def short(self, video: Video) -> str:
+            time.sleep(0.2)
+            return super().short(video)
+
+    stub = Slow()
+    first, copy = texts(
+        run([clips[0], clips[4]], staged(stub, CaptionCache(tmp_path / "kept")), num_workers=2)
+    )
+    assert first == copy and len(stub.calls) == 4
+
+
 def test_a_changed_setting_asks_what_depends_on_it(clips: tuple[Clip, ...], tmp_path: Path) -> None:
     run(clips[:1], staged(Stub(), CaptionCache(tmp_path / "kept")))
     stub = Stub()

@@ -122,6 +122,15 @@ def test_retry_after_is_kept() -> None:
         assert len(server.bodies) == 1 and not asked.waits
 
 
+def test_retry_after_holds_the_next_question_too() -> None:
+    with ChatServer({0: status(429, wait="7")}).running() as server:
+        asked = Asked(server, attempts=1)
+        with pytest.raises(TransientError):
+            asked.endpoint.answer(HELLO)
+        asked.endpoint.answer(HELLO)
+    assert len(asked.waits) == 1 and 5 < asked.waits[0] <= 7
+
+
 def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after({"Retry-After": " 2.5 "}, 0) == 2.5
     assert retry_after({"Retry-After": formatdate(1060, usegmt=True)}, 1000) == 60
