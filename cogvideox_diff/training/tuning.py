@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from cogvideox_diff import lora
-from cogvideox_diff.config import CogVideoXConfig
+from cogvideox_diff.config import CogVideoXConfig, TransformerConfig
 from cogvideox_diff.formats import ModelFolder, Parts, check_weights
+from cogvideox_diff.lora_files import LORA_FILE
 from cogvideox_diff.model_files import empty_net
 from cogvideox_diff.pipeline import CogVideoXPipeline
 from cogvideox_diff.planning import check_dtype, tasks_of
@@ -206,7 +207,7 @@ def _sampler(job: Job, pipeline: CogVideoXPipeline, encoded: list[Encoded], text
 
 def _save(job: Job, pipeline: CogVideoXPipeline, model: ExpertTransformer) -> Path:
     """An adapter alone where nothing else was trained; otherwise the model in the layout it came in."""
-    path = job.output / lora_name() if _is_adapter(job) else job.output / "model"
+    path = job.output / LORA_FILE if _is_adapter(job) else job.output / "model"
     if job.strategy.parallel == "fsdp":
         state = whole_state(model, job.strategy)
         if job.strategy.is_main:
@@ -225,16 +226,11 @@ def _save(job: Job, pipeline: CogVideoXPipeline, model: ExpertTransformer) -> Pa
     return whole.save_pretrained(path, format=job.folder.layout, dtype=job.folder.trained_dtype)
 
 
-def lora_name() -> str:
-    """The name that diffusers looks for in a folder."""
-    return "pytorch_lora_weights.safetensors"
-
-
 def _is_adapter(job: Job) -> bool:
     return job.settings.method == "lora" and not job.widened
 
 
-def _whole_copy(job: Job, config: Any, state: dict[str, Tensor]) -> ExpertTransformer:
+def _whole_copy(job: Job, config: TransformerConfig, state: dict[str, Tensor]) -> ExpertTransformer:
     """The trained model from the tensors of all its shards."""
     net = cast(ExpertTransformer, empty_net("transformer", replace(job.folder.config, transformer=config)))
     return cast(ExpertTransformer, load_into(trainable(net, job.settings), state))
