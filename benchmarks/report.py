@@ -154,7 +154,7 @@ def has_costs(results: Results) -> bool:
 
 def cost_table(results: Results) -> str:
     rows = [
-        [model, stage, f"{cost['steps']} {cost['unit']}", wording.operations(cost["flops"]),
+        [model, stage, wording.counted(cost["steps"], cost["unit"]), wording.operations(cost["flops"]),
          *(wording.size(cost[kind]) for kind in ("weight_bytes", "cache_bytes", "work_bytes")),
          *(wording.seconds(value) for value in cost["least_seconds"].values())]
         for model, row in results["models"].items()
