@@ -15,6 +15,7 @@ PROGRAM = Program(
         "plan": "say what a call takes of a device, before any weights are read",
         "precompute": "encode a list of clips once, as image tokens at fitting frame rates and texts",
         "train": "train a preset's model",
+        "finetune": "train a stage of any model on a folder of clips, by default its temporal channel",
         "convert": "write a model folder of the released weights",
         "clusters": "make or take over the table of token clusters",
     },

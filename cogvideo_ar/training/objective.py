@@ -5,10 +5,13 @@ Legend: B batch, F frames, S tokens of a frame, V image tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvideo_ar.layout import SequenceLayout
+from cogvideo_ar.layout import SequenceLayout, TrainingBatch
+from cogvideo_ar.transformer import CogVideoTransformer
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -32,3 +35,27 @@ def masked_mean(losses: Tensor, mask: Tensor) -> Tensor:
 def frame_losses(losses_BFS: Tensor, layout: SequenceLayout) -> dict[int, Tensor]:
     """Unmasked mean of every frame by display time. A given frame of an interpolation sees its own answer."""
     return dict(sorted(zip(layout.frame_times, losses_BFS.mean((0, 2)), strict=True)))
+
+
+def stage_loss(model: CogVideoTransformer, batch: TrainingBatch) -> tuple[Tensor, dict[int, float]]:
+    """Mean loss over the frames to be generated, and that of every frame by display time; the batch is moved
+    to the model's device."""
+    batch = _moved(batch, model)
+    logits = model(batch.tokens, batch.layout, text_valid_BT=batch.text_valid)
+    losses = token_losses(logits, batch.labels)
+    logs = {time: float(loss) for time, loss in frame_losses(losses.detach(), batch.layout).items()}
+    return masked_mean(losses, batch.loss_mask), logs
+
+
+def _moved(batch: TrainingBatch, model: CogVideoTransformer) -> TrainingBatch:
+    device = next(model.parameters()).device
+    if batch.tokens.device == device:
+        return batch
+    valid = None if batch.text_valid is None else batch.text_valid.to(device)
+    return replace(
+        batch,
+        tokens=batch.tokens.to(device),
+        text_valid=valid,
+        labels=batch.labels.to(device),
+        loss_mask=batch.loss_mask.to(device),
+    )

@@ -37,7 +37,8 @@ from cogvideo_ar.training.data import (
     keyframe_sample,
     tokenize_shapes,
 )
-from cogvideo_ar.training.objective import frame_losses, masked_mean, token_losses
+from cogvideo_ar.training.objective import stage_loss as stage_loss  # it is looked for here too
+from cogvideo_ar.training.vqvae_objective import reconstruction_loss, vqvae_step
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import load_into, save_tensors
@@ -145,29 +146,28 @@ class Run:
         model = channels_last(VQVAE(recipe.config.vqvae))
         (rate,) = recipe.config.vqvae.rates
 
-        def objective(step: int) -> tuple[Tensor, Logs]:
-            pixels = shapes.stills(settings.seed, step, recipe.vqvae_batch)[0]
-            pixels = pixels.to(memory_format=torch.channels_last)
+        def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            pixels = self._stills(model, settings.seed, step, recipe.vqvae_batch)
             draws = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            figures: Logs = {}
+            outlines = edge_weight(pixels)
             if step < recipe.continuous_steps:
-                rebuilt, commitment = model.reconstruct_unquantized(pixels, rate), pixels.new_zeros(())
-            else:
-                if step == recipe.continuous_steps:
-                    model.init_codebook(shapes.stills(settings.seed + 1, step, 256)[0], draws)
-                output = model(pixels)
-                rebuilt, commitment = output.reconstructions[rate], output.commitment_loss
-                restart = step % 5 == 0 and step < 0.7 * settings.steps
-                model.ema_update(output, decay=0.98, generator=draws if restart else None)
-                figures["codes_used"] = output.codes[rate].unique().numel()
-            difference = rebuilt - pixels
-            loss = (edge_weight(pixels) * (difference.abs() + difference.square())).mean()
-            figures["psnr"] = float(10 * torch.log10(4 / difference.detach().square().mean()))
-            return loss + commitment, figures
+                rebuilt = {rate: model.reconstruct_unquantized(pixels, rate)}
+                return reconstruction_loss(rebuilt, pixels, pixel_weight=outlines)
+            if step == recipe.continuous_steps:
+                model.init_codebook(self._stills(model, settings.seed + 1, step, 256), draws)
+            restart = step % 5 == 0 and step < 0.7 * settings.steps
+            return vqvae_step(
+                model, pixels, generator=draws if restart else None, decay=0.98, pixel_weight=outlines
+            )
 
         said = recipe_of(settings, batch=recipe.vqvae_batch)
         train(model, objective, settings, self.folder / "vqvae", recipe=said, quiet=self.quiet)
         self._save(model, "vqvae")
+
+    def _stills(self, model: VQVAE, seed: int, step: int, size: int) -> Tensor:
+        """Images of a step where the model is."""
+        pixels = shapes.stills(seed, step, size)[0].to(next(model.parameters()).device)
+        return pixels.to(memory_format=torch.channels_last)
 
     def vqvae(self) -> VQVAE:
         model = VQVAE(self.recipe.config.vqvae)
@@ -319,14 +319,6 @@ class _Texts:
         return training_batch(
             layout, ids, frames, start_of_image=self.config.start_of_image, text_valid_BT=valid
         )
-
-
-def stage_loss(model: CogVideoTransformer, batch: TrainingBatch) -> tuple[Tensor, dict[int, float]]:
-    """Mean loss over the frames to be generated, and that of every frame by display time."""
-    logits = model(batch.tokens, batch.layout, text_valid_BT=batch.text_valid)
-    losses = token_losses(logits, batch.labels)
-    logs = {time: float(loss) for time, loss in frame_losses(losses.detach(), batch.layout).items()}
-    return masked_mean(losses, batch.loss_mask), logs
 
 
 def channels_last(model: VQVAE) -> VQVAE:

@@ -5,7 +5,7 @@ The released icetk code has no training script; this is the usual rule of van de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,34 +20,42 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class VQVAELossWeights:
-    """Weights of the terms; pixel terms are means over -1..1 pixels, summed over the rates."""
+    """Weights of the terms; pixel terms are means over -1..1 pixels, summed over the rates. The commitment
+    comes from the model, which has its own factor (`VQVAEConfig.commitment_cost`)."""
 
     l1: float = 1.0
     mse: float = 1.0
-    commitment: float = 0.25
+    commitment: float = 1.0
     perceptual: float = 1.0  # only if a distance is given
+
+
+DEFAULT_WEIGHTS = VQVAELossWeights()
 
 
 def vqvae_loss(
     model: VQVAE,
     pixels: Tensor,
     *,
-    weights: VQVAELossWeights | None = None,
+    weights: VQVAELossWeights = DEFAULT_WEIGHTS,
     perceptual: Perceptual | None = None,
+    pixel_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of images [B, 3, H, W] in -1..1, and its parts as detached scalars; the model stays as it is."""
-    return output_loss(model(pixels), pixels, weights=weights, perceptual=perceptual)
+    return output_loss(
+        model(pixels), pixels, weights=weights, perceptual=perceptual, pixel_weight=pixel_weight
+    )
 
 
 def vqvae_step(
     model: VQVAE,
     pixels: Tensor,
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     decay: float = 0.99,
     dead_below: float = 0.1,
-    weights: VQVAELossWeights | None = None,
+    weights: VQVAELossWeights = DEFAULT_WEIGHTS,
     perceptual: Perceptual | None = None,
+    pixel_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`vqvae_loss`, then one moving-average step of the codebook; call backward on the loss as usual.
 
@@ -65,28 +73,52 @@ def output_loss(
     output: VQVAEOutput,
     pixels: Tensor,
     *,
-    weights: VQVAELossWeights | None = None,
+    weights: VQVAELossWeights = DEFAULT_WEIGHTS,
     perceptual: Perceptual | None = None,
+    pixel_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a forward that has already run. A reconstruction smaller than the image (whose size was no
-    multiple of the rate) is compared with the image's top left part, which is what was coded."""
-    weights = weights or VQVAELossWeights()
-    terms = {"l1": F.l1_loss, "mse": F.mse_loss} | ({"perceptual": perceptual} if perceptual else {})
-    targets = {r: pixels[..., : x.shape[-2], : x.shape[-1]] for r, x in output.reconstructions.items()}
-    logs = {
-        name: torch.stack([term(x, targets[rate]) for rate, x in output.reconstructions.items()]).sum()
-        for name, term in terms.items()
-    }
-    logs["commitment"] = output.commitment_loss
-    loss = torch.stack([getattr(weights, name) * value for name, value in logs.items()]).sum()
-    logs = {name: value.detach() for name, value in logs.items()}
-    return loss, logs | {"psnr": _psnr(output, targets), "used_codes": _used_codes(output)}
+    """The loss of a forward that has already run."""
+    loss, logs = reconstruction_loss(
+        output.reconstructions, pixels, weights=weights, perceptual=perceptual, pixel_weight=pixel_weight
+    )
+    logs |= {"commitment": output.commitment_loss.detach(), "used_codes": _used_codes(output)}
+    return loss + weights.commitment * output.commitment_loss, logs
 
 
-def _psnr(output: VQVAEOutput, targets: dict[int, Tensor]) -> Tensor:
-    """Decibels over clamped pixels, whose range is 2 wide; mean over the rates."""
-    errors = [F.mse_loss(x.detach().clamp(-1, 1), targets[r]) for r, x in output.reconstructions.items()]
-    return torch.stack([10 * torch.log10(4 / error.clamp(min=1e-10)) for error in errors]).mean()
+def reconstruction_loss(
+    reconstructions: Mapping[int, Tensor],
+    pixels: Tensor,
+    *,
+    weights: VQVAELossWeights = DEFAULT_WEIGHTS,
+    perceptual: Perceptual | None = None,
+    pixel_weight: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The part of the loss that needs no codebook. A reconstruction smaller than the image (whose size was no
+    multiple of the rate) is compared with the image's top left part, which is what was coded. `pixel_weight`
+    [B, 1, H, W] weighs the differences in `l1` and `mse`."""
+    terms: dict[str, list[Tensor]] = {"l1": [], "mse": []} | ({"perceptual": []} if perceptual else {})
+    psnr = []
+    for x in reconstructions.values():
+        target = _like(pixels, x)
+        weight = 1.0 if pixel_weight is None else _like(pixel_weight, x)
+        difference = x - target
+        terms["l1"].append((weight * difference.abs()).mean())
+        terms["mse"].append((weight * difference.square()).mean())
+        if perceptual is not None:
+            terms["perceptual"].append(perceptual(x, target))
+        psnr.append(_psnr(x.detach(), target))
+    sums = {name: torch.stack(values).sum() for name, values in terms.items()}
+    loss = torch.stack([getattr(weights, name) * value for name, value in sums.items()]).sum()
+    return loss, {name: value.detach() for name, value in sums.items()} | {"psnr": torch.stack(psnr).mean()}
+
+
+def _like(x: Tensor, reconstruction: Tensor) -> Tensor:
+    return x[..., : reconstruction.shape[-2], : reconstruction.shape[-1]]
+
+
+def _psnr(x: Tensor, target: Tensor) -> Tensor:
+    """Decibels over clamped pixels, whose range is 2 wide."""
+    return 10 * torch.log10(4 / F.mse_loss(x.clamp(-1, 1), target).clamp(min=1e-10))
 
 
 def _used_codes(output: VQVAEOutput) -> Tensor:
