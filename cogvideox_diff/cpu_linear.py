@@ -18,15 +18,18 @@ def has_quick_linear(x: Tensor) -> bool:
     return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
 
 
-def quick_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, by oneDNN where it may; rounding differs."""
-    if has_quick_linear(x) and type(weight) in (Tensor, nn.Parameter):
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+def quick_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+    """`F.linear`, by oneDNN where it may; rounding differs. `gelu`: and then GELU (tanh)."""
+    if has_quick_linear(x) and type(weight) in (Tensor, nn.Parameter) and x.numel():
+        after, kind = ("gelu", "tanh") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, after, [], kind)
+    y = F.linear(x, weight, bias)
+    return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def apply_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """`linear(x)`; a plain `nn.Linear` (no adapter, no quantized one, no hooks) by `quick_linear`."""
-    if type(linear) is nn.Linear and not linear._forward_hooks:
-        return quick_linear(x, linear.weight, linear.bias)
-    return linear(x)
+def apply_linear(linear: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
+    """`linear(x)`; a plain `nn.Linear` (no adapter, not quantized, nobody listening) by `quick_linear`."""
+    if type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks):
+        return quick_linear(x, linear.weight, linear.bias, gelu=gelu)
+    y = linear(x)
+    return F.gelu(y, approximate="tanh") if gelu else y

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideox_diff import fast_block
 from cogvideox_diff.config import TransformerConfig
+from cogvideox_diff.cpu_linear import apply_linear
 from cogvideox_diff.positions import rope_angles, rope_coordinates, rotate, sincos_table, timestep_embedding
 from shared.attention import attend
 
@@ -126,7 +128,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rope: Rope | None, packing: Packing | None = None) -> Tensor:
         q_BNSD, k_BNSD, v_BNSD = (
-            linear(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            apply_linear(linear, x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for linear in (self.q, self.k, self.v)
         )
         q_BNSD, k_BNSD = self.norm_q(q_BNSD), self.norm_k(k_BNSD)
@@ -134,7 +136,7 @@ class Attention(nn.Module):
             q_BNSD, k_BNSD = rotate(q_BNSD, rope), rotate(k_BNSD, rope)
         attend = self.attend if packing is None else packing.attend
         out_BNSD = attend(q_BNSD, k_BNSD, v_BNSD)
-        return self.out(out_BNSD.transpose(1, 2).flatten(2))
+        return apply_linear(self.out, out_BNSD.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -146,7 +148,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return apply_linear(self.fc2, apply_linear(self.fc1, x, gelu=True))
 
 
 class ExpertBlock(nn.Module):
@@ -167,6 +169,8 @@ class ExpertBlock(nn.Module):
         rope: Rope | None,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if packing is None and fast_block.applies(video_BVD):
+            return fast_block.run_block(self, text_BLD, video_BVD, emb_BE, rope)
         joint_BSD, text_gate, video_gate = self.norm1(text_BLD, video_BVD, emb_BE, packing)
         text, video = _cut(self.attn(joint_BSD, rope, packing), text_BLD)
         text_BLD, video_BVD = text_BLD + text_gate * text, video_BVD + video_gate * video

@@ -14,13 +14,20 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) 
     return sdpa_flop(tuple(q.shape), tuple(k.shape), tuple(v.shape))
 
 
-_cpu_attention._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes
-MISSING = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+def _cpu_linear(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+_cpu_attention._get_raw = _cpu_linear._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes
+MISSING = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.mkldnn._linear_pointwise: _cpu_linear,
+}
 
 
 @torch.no_grad()
 def counted_flops(run: Callable[[], object]) -> int:
-    """By torch's own counter, which does not know the CPU's attention kernel."""
+    """By torch's own counter, which knows neither the CPU's attention kernel nor its linear one."""
     with FlopCounterMode(display=False, custom_mapping=MISSING) as counter:
         run()
     return counter.get_total_flops()
