@@ -26,7 +26,7 @@ $(VENV)/.core: pyproject.toml $(CONSTRAINTS)
 
 # `pyright[nodejs]` brings node as a wheel; without it pyright fetches one over the network when it first runs.
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) -c $(CONSTRAINTS) -e ".[dev,peers]" "pyright[nodejs]"
+	$(PIP) -c $(CONSTRAINTS) -e ".[dev,peers,ray]" "pyright[nodejs]"
 	@touch $@
 
 venv: $(VENV)/.dev ## .venv with every tool of the house, pinned by constraints.txt
