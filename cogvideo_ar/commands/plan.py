@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from shared.config_cli import FlagParser, override_all, pick
+from shared.config_cli import override_all, pick
 from shared.errors import SettingError
 from shared.plan_cli import Planned, Rung, add_plan_flags, planned_device, run_plan
 
@@ -135,9 +135,7 @@ def _rungs(
     import torch
 
     modes = ["none", "model", "sequential"]
-    modes = (
-        modes[modes.index(options.offload) :] if _offloads() and device.name != "cpu" else [options.offload]
-    )
+    modes = modes[modes.index(options.offload) :] if device.name != "cpu" else [options.offload]
     most = plan.sampling.max_batch
     smaller = [most, *([1] if most > 1 and plan.num_rounds else [])]
     dtypes = [dtype, *([torch.float16] if dtype.itemsize > 2 and device.name != "cpu" else [])]
@@ -152,15 +150,6 @@ def _rungs(
         small = replace(plan, fine_draw=None, refinement=())
         words = [f"--offload {modes[-1]}" if modes[-1] != options.offload else "", "--super_resolution none"]
         yield _rung(config, small, dtypes[-1], modes[-1], 1, " ".join(filter(None, words)), options)
-
-
-def _offloads() -> bool:
-    """Whether `generate` can let weights wait on the CPU."""
-    from cogvideo_ar.commands import generate
-
-    parser = FlagParser(add_help=False)
-    generate.add_arguments(parser)
-    return "--offload" in parser._option_string_actions
 
 
 def _rung(
