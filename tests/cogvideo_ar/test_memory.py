@@ -185,6 +185,24 @@ def test_out_of_memory_names_its_stage(
     assert said == f"out of memory in stage '{stage}' (asked for 3.00 GiB more); try {tried}"
 
 
+def test_loading_that_does_not_fit_names_its_stage(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cogvideo_ar.formats.load_parts", Full().forward)
+    with pytest.raises(
+        OutOfMemoryError, match=r"stage 'loading' .* try --dtype bfloat16; then a smaller model"
+    ):
+        CogVideoPipeline.from_pretrained(folder, device="cpu")
+
+
+def test_the_command_line_ends_with_4(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(CogVideoTransformer, "start", Full().forward)
+    words = ["generate", "--json", "--model_path", str(folder), "--device", "cpu", "--prompt", PROMPT]
+    assert main([*words, "--output_path", str(tmp_path / "a.mkv")]) == 4
+    said = json.loads(capsys.readouterr().out)
+    assert said["exit_code"] == 4 and "stage 'model/first_frame'" in said["reason"]
+
+
 # ---- loading, caches
 
 

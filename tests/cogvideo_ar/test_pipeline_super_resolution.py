@@ -18,6 +18,7 @@ from cogvideo_ar.super_resolution.iterative import build_pass_samplers, cell_lev
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.vqvae import VQVAE
 from shared.errors import OutputCheckError, SettingError, WeightsError
+from shared.offload import Placement, Weights
 from shared.protocol import GenerationRequest
 from shared.runtime import generator
 from tests.cogvideo_ar.tiny_pipeline import tiny_parts
@@ -248,3 +249,33 @@ def test_parts_that_do_not_belong_together_are_refused(small: Parts):
         with_refinement(with_super_resolution(small), kind="direct")
     with pytest.raises(WeightsError, match="in both the config and the weights"):
         replace(small, config=replace(small.config, super_resolution=cogview2_itersr()))
+
+
+# ---- offload
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential"])
+def test_offloaded_stages_read_nothing_that_waits(
+    small: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+):
+    """What waits is made useless; only copies hold the weights. So no stage reads a net that is not there."""
+    torch.manual_seed(1)
+    parts = with_refinement(with_super_resolution(tiny_parts(tmp_path)))
+    options = Options(num_frames=9, super_resolution="direct+iterative")
+    image = torch.randint(0, 256, (16, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
+    plain = CogVideoPipeline(parts, options=options)
+    wanted = plain(PROMPT, seed=3, image=image)
+    measured = plain.diagnostics([wanted], [PROMPT])
+    tensors = [x for net in parts.nets for x in (*net.parameters(), *net.buffers())]
+    kept = {id(x): x.detach().clone() for x in tensors}
+    for x in tensors:
+        x.data.fill_(float("nan") if x.is_floating_point() else 10**6)
+
+    def copied(weights: Weights, device: torch.device, *, aside: bool = False) -> dict[int, torch.Tensor]:
+        return {key: kept[key].clone() for key in weights._waiting}
+
+    monkeypatch.setattr(Weights, "copied", copied)
+    offloaded = CogVideoPipeline(parts, options=options, placement=Placement("cpu"))
+    offloaded.placement.mode = mode  # type: ignore[assignment]
+    assert torch.equal(offloaded(PROMPT, seed=3, image=image).frames, wanted.frames)
+    assert offloaded.diagnostics([wanted], [PROMPT]) == measured

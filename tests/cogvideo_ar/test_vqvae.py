@@ -11,8 +11,15 @@ from torch import Tensor
 
 import cogvideo_ar.vqvae as vqvae_module
 from cogvideo_ar.config import VQVAEConfig
-from cogvideo_ar.training.vqvae_objective import VQVAELossWeights, output_loss, vqvae_loss, vqvae_step
+from cogvideo_ar.training.vqvae_objective import (
+    VQVAELossWeights,
+    output_loss,
+    reconstruction_loss,
+    vqvae_loss,
+    vqvae_step,
+)
 from cogvideo_ar.vqvae import VQVAE, Quantizer
+from shared.losses import edge_weight
 
 TINY = VQVAEConfig(
     base_channels=8,
@@ -223,6 +230,20 @@ def test_loss_is_the_sum_of_its_parts(model: VQVAE) -> None:
     by_hand = sum(F.mse_loss(output.reconstructions[rate], crop) for rate, crop in crops.items())
     torch.testing.assert_close(logs["mse"], by_hand.detach())
     assert "perceptual" not in output_loss(output, pixels)[1]
+
+
+def test_pixel_weights_weigh_both_differences(model: VQVAE) -> None:
+    """And without a codebook there is the reconstruction's part alone."""
+    pixels = images(2)
+    weight = edge_weight(pixels)
+    rebuilt = model.reconstruct_unquantized(pixels, 8)
+    difference = rebuilt - pixels
+    wanted = (weight * (difference.abs() + difference.square())).mean()
+    loss, logs = reconstruction_loss({8: rebuilt}, pixels, pixel_weight=weight)
+    torch.testing.assert_close(loss, wanted)
+    assert logs.keys() == {"l1", "mse", "psnr"}
+    ones = torch.ones_like(weight)
+    torch.testing.assert_close(vqvae_loss(model, pixels, pixel_weight=ones), vqvae_loss(model, pixels))
 
 
 def test_psnr_is_that_of_the_reconstruction(model: VQVAE) -> None:
