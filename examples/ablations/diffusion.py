@@ -94,7 +94,7 @@ def run_arm(world: World, name: str, seed: int) -> Outcome:
     if arm.separated:
         separate(model)
     schedule = NoiseSchedule.from_config(world.config.schedule)
-    config = settings.train_config(settings.diffusion_steps, seed)
+    config = settings.train_config(settings.diffusion_steps, seed, lr=4e-3, muon_lr=2e-2)
     if arm.packed:
         loss = partial(pack_loss, world, model, schedule, pack_plan(world, seed), seed)
     else:
