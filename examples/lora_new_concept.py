@@ -1,10 +1,10 @@
 """Can an adapter teach the demo model a colour that it has never seen or read of, and leave the rest alone?
 
-Lime is in no clip and no caption of the demo's training; its word is spelt from letters that the vocabulary
-has and no caption uses. A LoRA on attention and MLP learns it from a few hundred clips, half of them of the
-old world so that the model keeps it. The oracle, which then also knows lime, reads colour, shape, motion,
-speed and background of videos of both worlds, before and after. The adapter is written for diffusers.
-Run: python examples/lora_new_concept.py --output_path runs/lime [--steps 400]
+Yellow green is in no clip of the demo's training, and its two words, each known, are in no caption together.
+A LoRA on attention and MLP learns it from a few hundred clips, beside as many of the old world, so that the
+model keeps that. The oracle, which then also knows yellow green, reads colour, shape, motion, speed and
+background of videos of both worlds, before and after. The adapter is written for diffusers.
+Run: python examples/lora_new_concept.py --output_path runs/concept [--steps 300]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shared.protocol import GenerationRequest
 from shared.training import TrainConfig, train
 from shared.video import Video
 
-WORD, RGB = "lime", (150, 210, 50)
+WORD, RGB = "yellow green", (150, 210, 50)
 COLOURS = shapes.COLOURS | {WORD: RGB}
 TARGETS = (*lora.TARGETS, "mlp.fc1", "mlp.fc2")
 SETTINGS = FinetuneConfig(rank=16, alpha=32.0, targets=TARGETS, batch=16)
@@ -91,7 +91,7 @@ def learn(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_path", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--num_clips", type=int, default=256, help="of each world")
     parser.add_argument("--num_prompts", type=int, default=64, help="of each world")
     parser.add_argument("--model_path", default="demo")

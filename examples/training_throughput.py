@@ -1,4 +1,4 @@
-"""One training step (forward, backward, AdamW) of our transformer against diffusers': same loop, same weights.
+"""One training step (forward, backward, AdamW) of our transformer against one of diffusers': same weights.
 
 Both nets are given the same weights, inputs and noise; steps are taken in turn, so that what else the machine
 does falls on both. CPU seconds of one thread, medians; the losses of the first step are compared as well.
