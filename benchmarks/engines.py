@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from benchmarks.claims import Claims
 from benchmarks.runner import Build, conclude, make_share, run_suite
@@ -47,14 +47,16 @@ def _torchrun(suite: Suite, folder: RunFolder, build: Build, quiet: bool) -> Out
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    store, rank, world = next(
-        dist.rendezvous("env://")
-    )  # no process group: a restart would have to rebuild it
+    # no process group: a restart would have to rebuild it
+    store, rank, world = next(rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives the processes
     if rank == 0:
-        store.set("run", os.urandom(16).hex())
-    with Claims(folder.path, run=store.get("run").decode()) as claims:
-        store.set(f"ready {rank}", "yes")
-        store.wait([f"ready {other}" for other in range(world)])  # all are known before the first can be done
+        store.set(f"run {attempt}", os.urandom(16).hex())
+    with Claims(folder.path, run=store.get(f"run {attempt}").decode()) as claims:
+        store.set(f"ready {attempt} {rank}", "yes")
+        store.wait(
+            [f"ready {attempt} {other}" for other in range(world)]
+        )  # all are known before the first can be done
         make_share(suite, folder, build=build, claims=claims, quiet=quiet or rank > 0)
         if rank > 0:
             return None

@@ -70,10 +70,12 @@ class ImportedVideos:
         """A suite of these prompts: this folder, and other models to compare it with."""
         prompts = tuple(self.made)
         each = min(len(paths) for paths in self.made.values())
+        left = sum(map(len, self.made.values())) - each * len(prompts)
         return Suite(
             name=name,
             models=(self.name, *models),
-            description="Videos made elsewhere.",
+            description="Videos made elsewhere."
+            + (f" {left} are left out: every prompt has {each}." if left else ""),
             prompts=prompts,
             num_prompts=len(prompts),
             num_videos_per_prompt=each,
