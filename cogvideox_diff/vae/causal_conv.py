@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideox_diff.cpu_linear import has_quick_linear, quick_linear
+
 
 class ClipContext:
     """What a piece of a clip knows about the rest: made once per clip, passed down through every layer.
@@ -98,7 +100,9 @@ class CausalConv3d(nn.Module):
 def convolve_extended(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 1) -> Tensor:
     """Convolve a piece that has its history in front; `padding` in height and width, 0 where it is there."""
     if _misses_fast_conv3d(x_BCTHW):
-        return conv_by_frames(x_BCTHW, weight, bias, padding)
+        few = x_BCTHW[:, 0].numel() <= weight.shape[0]  # more kernels than places
+        by = conv_by_products if few and has_quick_linear(x_BCTHW) else conv_by_frames
+        return by(x_BCTHW, weight, bias, padding)
     return F.conv3d(x_BCTHW, weight, bias, padding=(0, padding, padding))
 
 
@@ -109,6 +113,13 @@ def conv_by_frames(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, padding
     windows = torch.cat([x_BCTHW[:, :, i : i + num_out] for i in range(taps)], dim=1)  # [B, taps*C, T, H, W]
     kernel = weight.transpose(1, 2).flatten(1, 2)
     return per_frame(lambda x: F.conv2d(x, kernel, bias, padding=padding), windows)
+
+
+def conv_by_products(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 1) -> Tensor:
+    """The same convolution as one matrix product of all 3x3x3 patches, for few places of many channels."""
+    x_BTHWC = F.pad(x_BCTHW, (padding,) * 4).movedim(1, -1)
+    patches = x_BTHWC.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1)  # B, T, H, W, C, 3, 3, 3
+    return quick_linear(patches.flatten(4), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def _misses_fast_conv3d(x_BCTHW: Tensor) -> bool:

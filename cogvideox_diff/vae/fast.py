@@ -21,6 +21,7 @@ from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, convolve_e
 
 STRIP_BYTES = {"cpu": 2**25}  # of a strip's buffer, by device
 OTHER_STRIP_BYTES = 2**28
+WINOGRAD_STRIP_BYTES = 2**23  # what is made of it should stay in the cache
 BLOCK = 2**18  # values of which the CPU takes statistics at once: they stay in the cache
 
 Affine = tuple[Tensor, Tensor]  # scale and shift [B, T or 1, h, w, C] in float32
@@ -113,7 +114,8 @@ def _strips(
     unit = winograd.TILE if aligned else 1
     columns = -(-width // unit) * unit
     row_bytes = (num_frames + 2) * (columns + 2) * channels * x_THWC.element_size()
-    most = max(STRIP_BYTES.get(x_THWC.device.type, OTHER_STRIP_BYTES) // row_bytes // unit, 1) * unit
+    limit = WINOGRAD_STRIP_BYTES if aligned else STRIP_BYTES.get(x_THWC.device.type, OTHER_STRIP_BYTES)
+    most = max(limit // row_bytes // unit, 1) * unit
     size = min(most, -(-height // unit) * unit)
     strip = x_THWC.new_zeros(num_frames + 2, size + 2, columns + 2, channels)
     for top in range(0, height, size):

@@ -60,7 +60,7 @@ def _transform_tiles(x_THWC: Tensor, rows: int, columns: int) -> Tensor:
     patches = x_THWC.unfold(1, side, TILE).unfold(2, side, TILE)  # T, rows, columns, C, 6, 6
     for row in range(rows):
         patch = patches[:, row].permute(3, 4, 1, 0, 2)  # 6, 6, columns, T, C
-        torch.mm(forth.to(x_THWC), patch.reshape(side * side, -1), out=tiles[:, row].flatten(1))
+        tiles[:, row].flatten(1).copy_(quick_linear(forth.to(x_THWC), patch.reshape(side * side, -1).t()))
     return tiles.flatten(1, 2)
 
 

@@ -18,7 +18,13 @@ from cogvideox_diff.vae.autoencoder import (
     unscale_latents,
 )
 from cogvideox_diff.vae.blocks import convolve_doubled, halve_time, modulate, stretch_time
-from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, chunk_bounds, conv_by_frames
+from cogvideox_diff.vae.causal_conv import (
+    CausalConv3d,
+    ClipContext,
+    chunk_bounds,
+    conv_by_frames,
+    conv_by_products,
+)
 from cogvideox_diff.vae.tiling import blend, decode_tiles, encode_tiles
 
 TINY = VAEConfig(
@@ -144,6 +150,13 @@ def test_conv_by_frames_equals_conv3d() -> None:
     x, conv = torch.randn(2, 5, 6, 7, 8), nn.Conv3d(5, 4, 3)
     plain = F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1))
     torch.testing.assert_close(conv_by_frames(x, conv.weight, conv.bias), plain, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_conv_by_products_equals_conv3d() -> None:
+    x, conv = torch.randn(2, 5, 6, 7, 8), nn.Conv3d(5, 4, 3)
+    plain = F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1))
+    torch.testing.assert_close(conv_by_products(x, conv.weight, conv.bias), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_convolve_doubled_equals_resize_and_convolution() -> None:
