@@ -17,6 +17,7 @@ from cogvideox_diff.codec import psnr
 from cogvideox_diff.inversion import decoded, invert, reconstruct
 from cogvideox_diff.planning import CallSettings, plan_inversion
 from shared.clips import shapes
+from shared.runtime import spare_threads
 from shared.video import Video
 
 STEPS = (10, 25, 50)
@@ -39,7 +40,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--model_path", default="demo")
     options = parser.parse_args()
-    run(CogVideoXPipeline.from_pretrained(options.model_path), options.num_clips, options.steps)
+    pipeline = CogVideoXPipeline.from_pretrained(options.model_path)
+    spare_threads(pipeline.parts.transformer, pipeline.parts.vae)
+    run(pipeline, options.num_clips, options.steps)
 
 
 def run(pipeline: CogVideoXPipeline, num_clips: int, all_steps: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from cogvideox_diff import CogVideoXPipeline
 from cogvideox_diff.extension import Chain, Extended, extend
 from cogvideox_diff.planning import CallSettings
 from shared.clips import shapes
+from shared.runtime import spare_threads
 
 OVERLAPS = (1, 5, 9)
 KEPT = ("colour", "shape", "background")
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--model_path", default="demo")
     options = parser.parse_args()
     pipeline = CogVideoXPipeline.from_pretrained(options.model_path)
+    spare_threads(pipeline.parts.transformer, pipeline.parts.vae)
     call = CallSettings(num_inference_steps=options.num_inference_steps)
     from_image = pipeline.tasks == {"i2v"}  # the first frame is then a true one
     for overlap in OVERLAPS[:1] if from_image else OVERLAPS:

@@ -15,6 +15,7 @@ from cogvideox_diff import CogVideoXPipeline
 from cogvideox_diff.planning import CallSettings
 from shared.clips import shapes
 from shared.protocol import GenerationRequest
+from shared.runtime import spare_threads
 from shared.video import Video
 
 KEPT = ("colour", "shape")
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--model_path", default="demo")
     options = parser.parse_args()
     pipeline = CogVideoXPipeline.from_pretrained(options.model_path)
+    spare_threads(pipeline.parts.transformer, pipeline.parts.vae)
     told = clips(options.num_clips, options.seed)
     given = [video for _, video in told]
     call = CallSettings(strength=options.strength)
