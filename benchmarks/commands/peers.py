@@ -40,17 +40,17 @@ def run(options: argparse.Namespace) -> int | None:
         raise SettingError("threads that spin spoil the times: set OMP_WAIT_POLICY=PASSIVE before the start")
     cases = kept.chosen_cases(options.only)
     torch.set_num_threads(options.threads)
-    measured, skipped = [], {}
+    measured, skipped, path = [], {}, None
     for case in cases:
         try:
             measured.append(measure(case, options.repeats))
         except ImportError as error:
             skipped[case.name] = f"not measured: {error}"
             continue
+        path = kept.keep(measured[-1:], options.threads, folder)
         if not options.quiet:
             sys.stderr.write(_line(measured[-1]) + "\n")
     slow = kept.too_slow(measured)
-    path = kept.keep(measured, options.threads, folder) if measured else None
     content = {"rows": measured, "skipped": skipped, "below_floor": slow, "path": path and str(path)}
     lines = [*map(_line, measured), *(f"{name}: {why}" for name, why in skipped.items()), *slow]
     say(options, content, lines)

@@ -6,6 +6,7 @@ the same on both sides, carried over by our checkpoint tables run backwards.
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -73,7 +74,7 @@ def ours_of(module: str) -> Any:
     return registry.module("cogvideox", module)
 
 
-def seeded(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
+def seeded(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return build().eval().requires_grad_(False).to(device, dtype)
@@ -81,15 +82,13 @@ def seeded(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> n
 
 def peer_of(ours: nn.Module, config: Any, part: str, dtype: torch.dtype, device: str) -> nn.Module:
     """diffusers' net with the weights of `ours`."""
-    import diffusers
-
-    kinds = {
-        "transformer": diffusers.CogVideoXTransformer3DModel,
-        "vae": diffusers.AutoencoderKLCogVideoX,
-    }
+    diffusers: Any = importlib.import_module("diffusers")
+    kinds = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
     table = getattr(ours_of("checkpoints"), f"DIFFUSERS_{part.upper()}")
     with torch.device(device):
-        peer = kinds[part].from_config(ours_of("diffusers_config").diffusers_configs(config)[part])
+        peer = getattr(diffusers, kinds[part]).from_config(
+            ours_of("diffusers_config").diffusers_configs(config)[part]
+        )
     peer.load_state_dict(invert(ours.state_dict(), table), strict=True)
     return peer.eval().requires_grad_(False).to(device, dtype)
 
@@ -192,9 +191,8 @@ def encode_pair(dtype: torch.dtype) -> Pair:
 
 def demo_pair() -> Pair:
     """The demo's prompt to frames; diffusers' pipeline reads what our pipeline writes in its layout."""
-    import diffusers
-
-    ours = registry.build("cogvideox-demo")
+    diffusers: Any = importlib.import_module("diffusers")
+    ours: Any = registry.build("cogvideox-demo")
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(Path(folder) / "demo", format="diffusers")
         peer = diffusers.CogVideoXPipeline.from_pretrained(Path(folder) / "demo")

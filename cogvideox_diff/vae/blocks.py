@@ -105,14 +105,14 @@ def enlarge(x_BCThw: Tensor, size: list[int]) -> Tensor:
 
 
 def norm_conv(
-    norm: ClipNorm | SpatialNorm,
+    norm: nn.Module,
     conv: CausalConv3d,
     x_BCTHW: Tensor,
     z_BZthw: Tensor | None,
     context: ClipContext,
 ) -> Tensor:
     """Norm, SiLU and causal convolution; without gradients in one (`fast`), which rounds otherwise."""
-    if fast.applies(x_BCTHW, context):
+    if isinstance(norm, ClipNorm | SpatialNorm) and fast.applies(x_BCTHW, context):
         return fast.norm_conv(norm.affine(x_BCTHW, z_BZthw, context), conv, x_BCTHW, context)  # type: ignore[arg-type]
     return conv(F.silu(norm(x_BCTHW, z_BZthw, context)), context)
 
