@@ -7,7 +7,6 @@ A placeholder stands for the same text wherever it occurs in a rule.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -17,18 +16,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shared.doctor.containers import NUMPY_STATE, check_file, read_index
 from shared.errors import WeightsError
 from shared.files import atomic_path
 
 PLACEHOLDERS = {**dict.fromkeys("nijkm", r"\d+"), "p": "weight|bias", "name": ".+"}
 DtypeOf = Callable[[str], torch.dtype] | None
 WRAPPERS = ("module", "model", "state_dict")
+MAX_WRAPPERS = 8  # one in the other
 PREFERRED_FILES = (
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
@@ -233,7 +233,7 @@ def load_tensors(path: str | Path, *, device: str = "cpu", dtype_of: DtypeOf = N
     path = Path(path)
     if path.is_dir():
         return _load_folder(path, device, dtype_of)
-    if _file_kind(path) == "safetensors":
+    if check_file(path) == "safetensors":
         return _load_safetensors(path, device, dtype_of)
     tensors = _load_torch(path, device)
     return tensors if dtype_of is None else {name: _cast(x, dtype_of(name)) for name, x in tensors.items()}
@@ -241,6 +241,7 @@ def load_tensors(path: str | Path, *, device: str = "cpu", dtype_of: DtypeOf = N
 
 def load_metadata(path: str | Path) -> dict[str, str]:
     """The text entries in the header of a .safetensors file."""
+    check_file(Path(path))
     with _open_safetensors(Path(path)) as file:
         return dict(file.metadata() or {})
 
@@ -297,39 +298,16 @@ def _load_folder(folder: Path, device: str, dtype_of: DtypeOf) -> dict[str, Tens
 
 
 def _load_shards(index: Path, device: str, dtype_of: DtypeOf) -> dict[str, Tensor]:
-    try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{index} is not a weight index: {error!r}") from error
+    places = read_index(index)
     shards = sorted(set(places.values()))
-    if absent := [name for name in shards if not (index.parent / name).is_file()]:
+    if absent := [shard.name for shard in shards if not shard.is_file()]:
         raise WeightsError(f"shards of {index} are absent: {_describe({f'of {len(shards)}': absent})}")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        tensors |= load_tensors(index.parent / shard, device=device, dtype_of=dtype_of)
+        tensors |= load_tensors(shard, device=device, dtype_of=dtype_of)
     if absent := sorted(places.keys() - tensors.keys()):
         raise WeightsError(f"shards of {index} lack tensors: {_describe({'missing': absent})}")
     return tensors
-
-
-def _file_kind(path: Path) -> str:
-    """ "safetensors" or "torch", by content; WeightsError for what is neither."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
-    if not head:
-        raise WeightsError(f"{path} is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise WeightsError(f"{path} is a Git LFS pointer, not the weights; fetch it with `git lfs pull`")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise WeightsError(f"{path} is a web page, not weights; the download went wrong")
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return "safetensors"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "torch"
-    raise WeightsError(f"{path} is not a checkpoint (neither safetensors nor a torch file)")
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -382,10 +360,8 @@ def _dtype(name: str) -> torch.dtype:
 
 def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
     zipped = zipfile.is_zipfile(path)
-    if not zipped and path.open("rb").read(2) == b"PK":
-        raise WeightsError(f"{path} is truncated: a zip archive without its end")
     try:
-        with torch.serialization.safe_globals(_random_state_types()):
+        with torch.serialization.safe_globals([(_Inert, name) for name in NUMPY_STATE]):
             content = torch.load(
                 path, map_location=device, weights_only=True, mmap=zipped and device != "meta"
             )
@@ -393,27 +369,31 @@ def _load_torch(path: Path, device: str) -> dict[str, Tensor]:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"the Python type {found[1]}" if found else "something that is not plain tensors"
         raise WeightsError(f"{path} is refused: it holds {what}; convert it where it was made") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise WeightsError(
-            f"{path} is truncated or not a torch checkpoint: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # torch raises of all kinds on damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path} is truncated or not a torch checkpoint: {reason}") from error
     return _unwrap(content, path)
 
 
-def _random_state_types() -> list[Any]:
-    """What a numpy random state in a SAT file is made of, also under the module name of before numpy 2."""
-    rebuild = np.array(0).__reduce__()[0]
-    return [
-        *((rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-        np.ndarray,
-        np.dtype,
-        type(np.dtype(np.uint32)),
-    ]
+class _Inert:
+    """Stands for each part of a numpy random state, which SAT files hold and nobody here needs: numpy itself
+    never sees what a file says."""
+
+    def __new__(cls, *parts: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *parts: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     """Open `module`, `model` and `state_dict` wrappers, one inside the other."""
-    while isinstance(content, Mapping):
+    for _ in range(MAX_WRAPPERS):  # a file can hold a mapping that is its own entry
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
