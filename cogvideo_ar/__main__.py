@@ -13,6 +13,7 @@ PROGRAM = Program(
     verbs={
         "generate": "make videos of prompts",
         "plan": "say what a call takes of a device, before any weights are read",
+        "doctor": "say whether files of weights can be used, why not, and what to do",
         "precompute": "encode a list of clips once, as image tokens at fitting frame rates and texts",
         "train": "train a preset's model",
         "finetune": "train a stage of any model on a folder of clips, by default its temporal channel",

@@ -13,6 +13,7 @@ PROGRAM = Program(
     verbs={
         "generate": "make videos of prompts, of an image, or of another video",
         "plan": "say what a call takes of a device, before any weights are read",
+        "doctor": "say whether files of weights can be used, why not, and what to do",
         "extend": "make longer videos by chaining clips (an extension, not in the release)",
         "invert": "find the noise of a video, reconstruct it and edit it",
         "encode": "write a video's latents, with the VAE alone",
