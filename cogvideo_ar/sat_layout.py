@@ -40,6 +40,7 @@ from cogvideo_ar.config import (
     cogview2_itersr,
 )
 from cogvideo_ar.parts import Parts, build, load_tokenizer
+from cogvideo_ar.sat_parallel import load_checkpoint
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
@@ -101,7 +102,11 @@ class SatFolder:
         tokenizer = load_tokenizer(self.file(TEXT_MODEL), vqvae.codebook_size)
         ids = {"num_image_tokens": vqvae.codebook_size, "start_of_image": tokenizer.id_of("<start_of_image>")}
         keyframes, interpolation = (
-            stage_config(load_tensors(folder), _facts(folder), ids | {"pad_token": tokenizer["<pad>"]})
+            stage_config(
+                load_checkpoint(folder, shapes_only=True),
+                _facts(folder),
+                ids | {"pad_token": tokenizer["<pad>"]},
+            )
             for folder in self.stages
         )
         window = _facts(self.stages[1]).get("window_size", 0)
@@ -139,7 +144,7 @@ class SatFolder:
     @property
     def dtype(self) -> torch.dtype:
         """That of the stored transformers."""
-        return load_tensors(self.stages[0])["transformer.word_embeddings.weight"].dtype
+        return load_checkpoint(self.stages[0], shapes_only=True)["transformer.word_embeddings.weight"].dtype
 
     @property
     def clusters(self) -> Path | None:
@@ -158,7 +163,7 @@ class SatFolder:
     def load(self, dtype: torch.dtype, device: torch.device) -> Parts:
         """The model: transformers in `dtype`, the codec in float32. What the stages share is kept once."""
         config = self.config  # before anything large is read
-        base, own = (convert(load_tensors(folder), SAT_STAGE) for folder in self.stages)
+        base, own = (convert(load_checkpoint(folder), SAT_STAGE) for folder in self.stages)
         keyframes = build(CogVideoTransformer, config.keyframes, _moved(base, dtype, device))
         inherited = {
             name: x  # itself: it is moved and pinned once
@@ -202,7 +207,7 @@ class SatFolder:
     def _kinds(self) -> dict[str, list[Path]]:
         kinds: dict[str, list[Path]] = {}
         for folder in _checkpoints(self.path):
-            kinds.setdefault(checkpoint_kind(load_tensors(folder)), []).append(folder)
+            kinds.setdefault(checkpoint_kind(load_checkpoint(folder, shapes_only=True)), []).append(folder)
         return kinds
 
     def _clusters(self, size: int) -> Tensor | None:
@@ -218,7 +223,9 @@ class SatFolder:
 
     def _fine_config(self, kind: str, ids: Mapping[str, int]) -> SuperResolutionConfig | None:
         folder = self._fine(kind)
-        return None if folder is None else fine_config(load_tensors(folder), _facts(folder), ids)
+        if folder is None:
+            return None
+        return fine_config(load_checkpoint(folder, shapes_only=True), _facts(folder), ids)
 
     def _load_fine(
         self, config: SuperResolutionConfig | None, table: Table, dtype: torch.dtype, device: torch.device
@@ -226,7 +233,7 @@ class SatFolder:
         folder = None if config is None else self._fine(config.kind)
         if folder is None:
             return None
-        tensors = convert(load_tensors(folder), table)
+        tensors = convert(load_checkpoint(folder), table)
         return build(SuperResolutionTransformer, config, _moved(tensors, dtype, device))
 
 
