@@ -97,7 +97,7 @@ def test_prompts_of_ones_own(tmp_path: Path, fake_models: dict[str, FakeGenerato
         (["run", "demo", "--prompts", "test"], "invalid choice"),
         (["run", "demo", "--num_promts", "3"], "nearest: '--num_prompts'"),
         (["report", "/no/such/run"], "is not a run"),
-        (["peers"], "invalid choice: 'peers'"),
+        (["peer"], "invalid choice: 'peer'"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(

@@ -310,7 +310,7 @@ def test_without_files_the_report_says_what_is_missing(finished_run: RunFolder) 
     assert "fvd/videogpt" not in row["metrics"] and "frechet/fixed" not in row["metrics"]
     assert row["refused"]["distances between sets"] == "needs 8 prompts or more, got 3"
     text = markdown(results)
-    assert "## Skipped" in text and "skipped: needs --feature_files clip=PATH" in text
+    assert "## Skipped" in text and "needs --feature_files clip=PATH" in text
     assert up_to_date(finished_run)
 
 
