@@ -17,7 +17,7 @@ PROGRAM = Program(
         "precompute": "encode a list of clips once, as image tokens at fitting frame rates and texts",
         "train": "train a preset's model",
         "finetune": "train a stage of any model on a folder of clips, by default its temporal channel",
-        "convert": "write a model folder of the released weights",
+        "convert": "write a model folder of the released weights, or the way back",
         "clusters": "make or take over the table of token clusters",
     },
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from cogvideo_ar.clusters import FILE as CLUSTERS
 from cogvideo_ar.config import CogVideoConfig
 from cogvideo_ar.parts import DEMO, FAMILY, Parts, load_parts, own_dtype, read_config, save_parts
+from cogvideo_ar.sat_export import save_sat
 from cogvideo_ar.sat_layout import SatFolder, is_sat
 from shared.checkpoints import load_tensors
 from shared.errors import OutputPathError, WeightsError
@@ -85,3 +86,14 @@ def convert_folder(
         raise WeightsError(f"{source} has a config.json: there is nothing to convert")
     folder = SatFolder(source, stage1_path, stage2_path)
     return save_parts(folder.load(folder.dtype, torch.device("cpu")), target, dtype)
+
+
+def export_folder(
+    source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> Path:
+    """The way back: write a model as a folder with the released parts. SettingError for a model with settings
+    that these cannot express, OutputPathError where checkpoints are there."""
+    target, folder = Path(target), open_folder(source)
+    if is_sat(target) and not overwrite:
+        raise OutputPathError(f"{target} already holds checkpoints; choose another or allow --overwrite")
+    return save_sat(folder.load(folder.dtype, torch.device("cpu")), target, dtype)

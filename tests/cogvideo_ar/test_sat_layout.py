@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,16 @@ from torch import Tensor
 
 from cogvideo_ar.__main__ import main
 from cogvideo_ar.config import VQVAEConfig, cogvideo, cogview2_dsr
-from cogvideo_ar.formats import convert_folder, open_folder
+from cogvideo_ar.formats import convert_folder, export_folder, open_folder
 from cogvideo_ar.generation import GreedySampler, StageSamplers
 from cogvideo_ar.keyframes import generate_first_frames
 from cogvideo_ar.options import Options
 from cogvideo_ar.parts import load_parts
 from cogvideo_ar.pipeline import CogVideoPipeline
+from cogvideo_ar.sat_export import save_sat
 from cogvideo_ar.sat_layout import SatFolder, checkpoint_kind, codec_config, fine_config, stage_config
 from shared.checkpoints import convert, load_tensors
-from shared.errors import OutputPathError, WeightsError
+from shared.errors import OutputPathError, SettingError, WeightsError
 from shared.tokenizers.sentencepiece_training import PieceIds, train_text_model
 from tests.parity.recorded import case_folder, read_json, read_tensors
 
@@ -207,6 +209,37 @@ def test_convert_is_a_verb(released: Path, tmp_path: Path, capsys: pytest.Captur
         convert_folder(target, tmp_path / "c")
 
 
+def test_the_way_back_gives_the_released_files(released: Path, converted: Path, tmp_path: Path, capsys):
+    """Names, numbers, types and settings; a second time only with --overwrite."""
+    command = ["convert", "--to", "sat", "--model_path", str(converted), "--output_path", str(tmp_path / "a")]
+    assert main(command) == 0 and capsys.readouterr().out == f"{tmp_path / 'a'}\n"
+    for part in ("cogvideo-stage1", "cogvideo-stage2", "ice_image.pt"):
+        before, after = (load_tensors(folder / part) for folder in (released, tmp_path / "a"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(x, after[name]) and x.dtype == after[name].dtype for name, x in before.items())
+    for stage in (1, 2):
+        name = f"cogvideo-stage{stage}/model_config.json"
+        assert read_json(tmp_path / "a" / name) == read_json(released / name)
+    for name in ("ice_text.model", "cluster_label2.npy"):
+        assert (tmp_path / "a" / name).read_bytes() == (released / name).read_bytes()
+    assert open_folder(tmp_path / "a").config == open_folder(released).config
+    assert main(command) == 2 and "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_what_the_released_layout_cannot_say_is_refused(converted: Path, tmp_path: Path, capsys):
+    command = ["convert", "--to", "sat", "--model_path", "demo", "--output_path", str(tmp_path / "a")]
+    assert main(command) == 2
+    assert "cannot hold keyframes of these sizes: num_positions must be" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    parts = open_folder(converted).load(torch.float16, CPU)
+    local = replace(parts.config.keyframes, temporal="local", extent=(5, 5, 5))
+    with pytest.raises(
+        SettingError, match="cannot say that keyframes has the temporal 'local'; it means 'full'"
+    ):
+        save_sat(replace(parts, config=replace(parts.config, keyframes=local)), tmp_path / "a")
+
+
 # ---- parts
 
 
@@ -260,6 +293,12 @@ def test_super_resolution_is_a_part(released: Path, tmp_path: Path):
     assert pipeline.plan.refinement == () and pipeline.configured(
         Options(super_resolution="direct+iterative")
     ).plan.refinement == (40, 40, 40, 20, 20, 10)
+    back = export_folder(target, tmp_path / "c")
+    for name, written in (("cogview2-dsr", tensors), ("cogview2-itersr", refining)):
+        again = load_tensors(back / name)
+        assert again.keys() == written.keys() and all(torch.equal(again[n], x) for n, x in written.items())
+        for key, value in read_json(back / name / "model_config.json").items():
+            assert key == "vocab_size" or value == read_json(folder / name / "model_config.json")[key], key
 
 
 def _with_larger_table(checkpoint: Path) -> dict[str, Tensor]:
