@@ -36,8 +36,10 @@ Logs = dict[str, float]
 Objective = Callable[[int], tuple[Tensor, dict[str, Any]]]
 """Number of a micro-batch -> (loss scalar with graph, figures to log). Depends on nothing but that number and
 the model; micro-batches of one step run the same nets in the same order. The figures "samples" and "tokens"
-are counts, and logged as rates."""
+are counts, and logged as rates; a pair (sum, count) is logged as the mean over those micro-batches that have
+it."""
 COUNTS = frozenset({"samples", "tokens"})
+OF = "/count"  # ends the name under which the counts of a pair are added up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,17 +252,28 @@ def _gradients(objective: Objective, config: TrainConfig, strategy: Strategy, st
         with torch.autocast(device, torch.bfloat16, enabled=config.autocast == "bfloat16"):
             loss, logs = objective(micro)
         (loss / config.accumulation).backward()
-        for name, value in ({"loss": loss.detach()} | logs).items():
-            share = 1 if name in COUNTS else 1 / config.accumulation
-            totals[name] = totals.get(name, 0.0) + float(value) * share
+        for name, value in _parts({"loss": loss.detach()} | logs, 1 / config.accumulation):
+            totals[name] = totals.get(name, 0.0) + value
     return totals
 
 
+def _parts(figures: Mapping[str, Any], share: float) -> Iterator[tuple[str, float]]:
+    """What a micro-batch adds to its step's figures: counts and pairs whole, others by its share."""
+    for name, value in figures.items():
+        if isinstance(value, tuple):
+            yield name, float(value[0])
+            yield name + OF, float(value[1])
+        else:
+            yield name, float(value) * (1 if name in COUNTS else share)
+
+
 def _summary(figures: Logs, strategy: Strategy) -> Logs:
-    """Figures over all processes, with counts as rates."""
+    """Figures over all processes, with counts as rates and pairs as means."""
     figures = strategy.totals(figures)
     for name in COUNTS & figures.keys():
         figures[f"{name}_per_second"] = figures.pop(name) / figures["seconds_per_step"]
+    for name in [name.removesuffix(OF) for name in figures if name.endswith(OF)]:
+        figures[name] /= figures.pop(name + OF)
     return figures
 
 

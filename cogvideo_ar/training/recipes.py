@@ -206,7 +206,7 @@ class Run:
             rng = np.random.default_rng([self.recipe.base.seed, step])
             batch = texts.image_batch(images, rng, self.recipe.image_batch)
             loss, logs = stage_loss(model, batch)
-            return loss, {"image": logs[0]}
+            return loss, {"image": logs[0]} | _counts(batch)
 
         self._train(model, objective, self.recipe.base, "base")
 
@@ -220,10 +220,13 @@ class Run:
         def objective(step: int) -> tuple[Tensor, Logs]:
             rng = np.random.default_rng([settings.seed, 1, step])
             samples = [keyframe_sample(clips, rng, config.num_frames) for _ in range(self.recipe.clip_batch)]
-            video, logs = stage_loss(model, texts.clip_batch(samples, rng, keyframe_layout))
-            image, _ = stage_loss(model, texts.image_batch(images, rng, self.recipe.images_beside_clips))
+            clip_batch = texts.clip_batch(samples, rng, keyframe_layout)
+            image_batch = texts.image_batch(images, rng, self.recipe.images_beside_clips)
+            video, logs = stage_loss(model, clip_batch)
+            image, _ = stage_loss(model, image_batch)
             frames = {f"frame{t}": x for t, x in logs.items() if t}
-            return video + image, {"image": float(image.detach())} | frames
+            counts = _counts(clip_batch, image_batch)
+            return video + image, {"image": float(image.detach())} | frames | counts
 
         self._train(model, objective, settings, "keyframes")
 
@@ -240,8 +243,9 @@ class Run:
             samples = [
                 interpolation_sample(clips, rng, config.num_frames) for _ in range(self.recipe.clip_batch)
             ]
-            loss, logs = stage_loss(model, texts.clip_batch(samples, rng, interpolation_layout))
-            return loss, {f"frame{t}": x for t, x in logs.items() if t % 2}
+            batch = texts.clip_batch(samples, rng, interpolation_layout)
+            loss, logs = stage_loss(model, batch)
+            return loss, {f"frame{t}": x for t, x in logs.items() if t % 2} | _counts(batch)
 
         self._train(model, objective, settings, "interpolation")
 
@@ -319,6 +323,14 @@ class _Texts:
         return training_batch(
             layout, ids, frames, start_of_image=self.config.start_of_image, text_valid_BT=valid
         )
+
+
+def _counts(*batches: TrainingBatch) -> Logs:
+    """Samples and learnt tokens, logged per second."""
+    return {
+        "samples": float(sum(len(batch.tokens) for batch in batches)),
+        "tokens": float(sum(int(batch.loss_mask.sum()) for batch in batches)),
+    }
 
 
 def channels_last(model: VQVAE) -> VQVAE:

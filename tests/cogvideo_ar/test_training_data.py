@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -266,6 +267,14 @@ def test_the_base_stage_leaves_the_temporal_channel_and_interpolation_the_base(f
     frozen = [name for name, _ in model.base_parameters()]
     assert frozen and all(torch.equal(interpolation[name], keyframes[name]) for name in frozen)
     assert any(not torch.equal(keyframes[name], base[name]) for name in frozen)
+
+
+@pytest.mark.parametrize("stage", ["base", "keyframes", "interpolation"])
+def test_every_stage_logs_its_frames_and_its_speed(stage: str, finished: Path) -> None:
+    frames = {"base": [], "keyframes": [1, 2, 3, 4], "interpolation": [1, 3]}[stage]
+    for line in map(json.loads, (finished / stage / "log.jsonl").read_text().splitlines()):
+        assert [f"frame{time}" in line for time in range(5)] == [time in frames for time in range(5)]
+        assert line["tokens_per_second"] > line["samples_per_second"] > 0
 
 
 def test_a_stage_needs_the_earlier_ones(tmp_path: Path) -> None:

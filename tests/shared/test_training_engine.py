@@ -8,6 +8,7 @@ import multiprocessing
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,6 +209,19 @@ def test_counts_become_rates(tmp_path: Path) -> None:
         assert line["samples_per_second"] * line["seconds_per_step"] == pytest.approx(2 * 8)
         assert line["tokens_per_second"] == pytest.approx(4 * line["samples_per_second"])
         assert line["memory_bytes"] > 1e7 and "samples" not in line
+
+
+def test_pairs_become_means_over_the_micro_batches_that_have_them(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+
+    def objective(micro: int) -> tuple[Tensor, dict[str, Any]]:
+        figures: dict[str, Any] = {"early": (6.0, 3)} if micro % 3 == 0 else {"late": (1.0 * micro, 2)}
+        return model.weight.square().sum(), figures
+
+    train(model, objective, TrainConfig(steps=1, accumulation=3, log_every=1), tmp_path, quiet=True)
+    (line,) = lines(tmp_path)
+    assert line["early"] == pytest.approx(6 / 3) and line["late"] == pytest.approx((1 + 2) / 4)
+    assert not any("count" in name for name in line)
 
 
 # ---- several processes, as far as one can tell
