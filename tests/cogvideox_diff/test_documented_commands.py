@@ -44,6 +44,7 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("name", "flags"),
     [
         ("video_to_video", ["--num_clips", "1", "--strength", "0.2"]),
+        ("video_to_video", ["--task", "i2v", "--num_clips", "1", "--num_inference_steps", "2"]),
         ("longer_clips", ["--num_prompts", "1", "--num_clips", "2", "--num_inference_steps", "2"]),
         ("inversion", ["--num_clips", "1", "--steps", "2"]),
     ],
