@@ -135,7 +135,8 @@ def _examine_tensors(path: Path, base: Path | None) -> Diagnosis:
     if not hits:
         names = ", ".join(sorted(tensors)[:5])
         return Diagnosis(path=str(path), findings=(bad(f"{path} has no names of a known model ({names})"),))
-    return _examine_part(path, tensors, *hits[0])
+    part, layout = hits[0]
+    return _examine_part(path, tensors, part, layout)
 
 
 def _examine_part(path: Path, tensors: Mapping[str, Tensor], part: Part, layout: str) -> Diagnosis:

@@ -24,6 +24,8 @@ OTHER_STRIP_BYTES = 2**28
 WINOGRAD_STRIP_BYTES = 2**23  # what is made of it should stay in the cache
 BLOCK = 2**18  # values of which the CPU takes statistics at once: they stay in the cache
 
+PLAIN_ON_CPU = (torch.bfloat16,)  # whole convolutions of the library are quicker there than strips
+
 Affine = tuple[Tensor, Tensor]  # scale and shift [B, T or 1, h, w, C] in float32
 
 
@@ -33,6 +35,8 @@ def applies(x_BCTHW: Tensor, context: ClipContext) -> bool:
     if torch.is_grad_enabled() or type(context) is not ClipContext or x_BCTHW.dtype == torch.float64:
         return False
     kind = x_BCTHW.device.type
+    if kind == "cpu" and x_BCTHW.dtype in PLAIN_ON_CPU:
+        return False
     return kind == "meta" or not torch.is_autocast_enabled(kind)
 
 
