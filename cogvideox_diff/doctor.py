@@ -131,7 +131,9 @@ def _examine_tensors(path: Path, base: Path | None) -> Diagnosis:
             family="the other one",
             findings=(bad(f"{path} is a part of CogVideo, not of CogVideoX", _ask_other(path)),),
         )
-    hits = [(part, layout) for mark, part, layout in MARKS if any(name.startswith(mark) for name in tensors)]
+    hits: list[tuple[Part, str]] = [
+        (part, layout) for mark, part, layout in MARKS if any(name.startswith(mark) for name in tensors)
+    ]
     if not hits:
         names = ", ".join(sorted(tensors)[:5])
         return Diagnosis(path=str(path), findings=(bad(f"{path} has no names of a known model ({names})"),))
