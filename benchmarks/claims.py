@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shared.files import write_json
+from shared.files import running, write_json
 
 LEASE = 60.0  # seconds without a sign of life, by the shared folder's own clock, after which work is redone
 BEATS = 6  # signs of life per lease
@@ -119,7 +119,7 @@ class Claims:
         said = _read(self._file(worker))
         if not said or said.get("ended") or worker == self.name:
             return False
-        if said.get("machine") == machine() and not _running(said.get("process", 0)):
+        if said.get("machine") == machine() and not running(said.get("process", 0)):
             return False
         with suppress(OSError):
             self._touch()  # so that both times are of one clock
@@ -147,21 +147,6 @@ def machine() -> str:
     with suppress(OSError):
         return f"{platform.node()} {os.stat('/proc/self/ns/pid').st_ino}"
     return platform.node()
-
-
-def _running(process: int) -> bool:
-    """Is there such a process here? One that ended and was not yet collected by its parent does not count."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # not ours to ask
-        return True
-    try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return True
-    return state not in "ZX"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from cogvideo_ar.sat_layout import (
 from shared.checkpoints import Table, invert
 from shared.errors import SettingError, WeightsError
 from shared.files import atomic_path, write_json
+from shared.torch_files import save_torch
 
 FINE_NAMES = {"direct": "cogview2-dsr", "iterative": "cogview2-itersr"}
 NOT_STORED = {  # of training alone, or how many rows are worked on at once
@@ -132,7 +133,4 @@ def _write_checkpoint(
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(
-            {"module": {name: x.detach().cpu().contiguous() for name, x in tensors.items()}}, temporary
-        )
+    save_torch({"module": {name: x.detach().cpu().contiguous() for name, x in tensors.items()}}, path)

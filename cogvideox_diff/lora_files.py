@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cogvideox_diff.checkpoints import DIFFUSERS_TRANSFORMER, SAT_TRANSFORMER
+from shared import torch_files
 from shared.checkpoints import Table, convert, invert, load_metadata, load_tensors, save_tensors
 from shared.config_cli import pick
 from shared.errors import SettingError, WeightsError
@@ -459,9 +460,7 @@ def save_sat(tensors: Mapping[str, Tensor], path: Path) -> Path:
 def save_torch(content: Mapping[str, Mapping[str, Tensor]], path: Path) -> Path:
     """Write named tensors below one key with torch, atomically; of a view its own numbers alone."""
     plain = {key: {name: _alone(x) for name, x in tensors.items()} for key, tensors in content.items()}
-    with atomic_path(path) as temporary:
-        torch.save(plain, temporary)
-    return path
+    return torch_files.save_torch(plain, path)
 
 
 def _alone(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared.doctor.containers import NUMPY_STATE, check_file, read_index
-from shared.errors import WeightsError
+from shared.errors import OutputPathError, WeightsError
 from shared.files import atomic_path
 
 PLACEHOLDERS = {**dict.fromkeys("nijkm", r"\d+"), "p": "weight|bias", "name": ".+"}
@@ -413,7 +413,10 @@ def save_tensors(
 ) -> Path:
     """Write a .safetensors file atomically: after a crash there is the old file or the new one, no half."""
     with atomic_path(path) as temporary:
-        save_file(_unshared(tensors), temporary, dict(metadata or {}))
+        try:
+            save_file(_unshared(tensors), temporary, dict(metadata or {}))
+        except SafetensorError as error:
+            raise OutputPathError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
         temporary.chmod(0o644)  # safetensors writes files that only their owner may read
     return Path(path)
 

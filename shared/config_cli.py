@@ -7,14 +7,15 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NoReturn, TypeVar
 
-from shared.errors import OutOfMemoryError, SettingError, UserError
-from shared.memory import ran_out
+from shared.errors import OutOfMemoryError, OutputCheckError, OutputPathError, SettingError, UserError
 
 ConfigT = TypeVar("ConfigT")
 INTERRUPTED = 130
@@ -196,29 +197,59 @@ def _dashed(flag: str) -> str:
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call main(arguments) and give the exit code: its own or 0; of a UserError its code, after one line on
-    standard error (with --json one object on standard output); 4 if memory ran out; 130 if interrupted."""
+    standard error (with --json one object on standard output); 4 if memory ran out; 5 if training met a NaN;
+    2 where the system refused to read or write; 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     try:
-        return main(arguments) or 0
+        code = main(arguments) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return report(error, as_json=as_json)
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+    except FloatingPointError as error:
+        return report(OutputCheckError(str(error)), as_json=as_json)
+    except BrokenPipeError:  # whoever read our output has gone, and wants to hear no more
+        _close_output()
+        return OutputPathError.exit_code
+    except (RuntimeError, MemoryError, OSError) as error:
+        if (told := _of_the_machine(error)) is None:
             raise
-        reason = str(error).splitlines()[0] if str(error) else "no more memory"
-        return report(OutOfMemoryError(f"out of memory: {reason}"), as_json=as_json)
+        return report(told, as_json=as_json)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
 
 
+def _of_the_machine(error: Exception) -> UserError | None:
+    """What the user is told of an error that memory, a disk or a pipe is to blame for; None for a bug."""
+    from shared.memory import ran_out  # brings torch, for which --help and a typing error need not wait
+
+    if ran_out(error):
+        reason = str(error).splitlines()[0] if str(error) else "no more memory"
+        return OutOfMemoryError(f"out of memory: {reason}")
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename is not None else ""
+        return OutputPathError(f"{error.strerror or error}{where}")
+    return None
+
+
 def report(error: UserError, *, as_json: bool = False) -> int:
     """Write an error for the user and return its exit code."""
     reason = " ".join(str(error).split())
-    if as_json:
-        content = {"ok": False, "exit_code": error.exit_code, "error": type(error).__name__, "reason": reason}
-        sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
-    else:
-        sys.stderr.write(f"error: {reason}\n")
+    content = {"ok": False, "exit_code": error.exit_code, "error": type(error).__name__, "reason": reason}
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+        else:
+            sys.stderr.write(f"error: {reason}\n")
+    except OSError:  # standard output is closed or its disk is full: the exit code says it all
+        _close_output()
     return error.exit_code
+
+
+def _close_output() -> None:
+    """What is still to be written to standard output goes nowhere, instead of failing again at the end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
+import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from shared.errors import OutputPathError
+
+LEFTOVER = re.compile(r"\.(?P<stem>.+)\.(?P<machine>[0-9a-f]{8})\.(?P<process>\d+)\.tmp(\.\w+)?")
+HERE, EXCHANGE = -100, 2  # of renameat2(2): paths are relative to the working folder; swap what they name
 
 
 @contextmanager
@@ -22,7 +29,7 @@ def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     _refuse(path, overwrite)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{_machine()}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -33,6 +40,31 @@ def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
         raise OutputPathError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         _remove(temporary)
+
+
+def remove_leftovers(folder: Path, stem: str = "") -> None:
+    """Remove what processes of this machine that were killed left half-written in `folder`; `stem`: of the
+    target of that name alone. What a living process writes, or one of another machine, stays."""
+    for path in folder.glob(".*.tmp*"):
+        found = LEFTOVER.fullmatch(path.name)
+        if found and found["machine"] == _machine() and not running(int(found["process"])):
+            if found["stem"] == stem or not stem:
+                _remove(path)
+
+
+def running(process: int) -> bool:
+    """Is there such a process here? One that ended and was not yet collected by its parent does not count."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # not ours to ask
+        return True
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in "ZX"
 
 
 def write_json(path: str | Path, content: Mapping[str, Any], *, overwrite: bool = True) -> Path:
@@ -54,12 +86,26 @@ def _replace(temporary: Path, path: Path) -> None:
     if not path.is_dir():
         os.replace(temporary, path)
         return
-    old = temporary.with_name(
-        temporary.name + ".old"
-    )  # a folder cannot be renamed over a folder that has files
-    os.replace(path, old)
+    if _exchanged(temporary, path):
+        return
+    old = path.with_name(f".{path.stem}.old.{_machine()}.{os.getpid()}.tmp{path.suffix}")
+    os.replace(path, old)  # a folder cannot be renamed over a folder that has files
     os.replace(temporary, path)
     _remove(old)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, so that a name is never without one; False where the system cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    return swap is not None and swap(HERE, os.fsencode(a), HERE, os.fsencode(b), EXCHANGE) == 0
+
+
+def _machine() -> str:
+    """This machine, or the container that numbers this process, in 8 hex digits."""
+    space = ""
+    with suppress(OSError):
+        space = str(os.stat("/proc/self/ns/pid").st_ino)
+    return f"{zlib.crc32(f'{platform.node()} {space}'.encode()):08x}"
 
 
 def _sync(path: Path) -> None:

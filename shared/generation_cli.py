@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shared.errors import BatchError, OutputCheckError, OutputPathError, SettingError, UserError
-from shared.files import write_json
+from shared.files import atomic_path, remove_leftovers, write_json
 from shared.protocol import GenerationRequest, GenerationResult, VideoGenerator
 from shared.verbs import add_output_flags, say
 from shared.video import Video
@@ -219,6 +219,7 @@ def run_generation(order: Order, options: argparse.Namespace) -> None:
         say(options, content, [f"would write {item.path}" for item in pending])
         return
     made = _Made(records=[{**entry, "status": "kept"} for entry in _listed(kept)])
+    remove_leftovers(items[0].path.parent)
     if pending:
         generator = order.load()
         if hasattr(generator, "prepare"):
@@ -264,12 +265,18 @@ def make_item(item: Item, order: Order, generator: VideoGenerator) -> dict[str, 
         result = generator.generate(request)
     said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     notes = list(dict.fromkeys([*said, *getattr(result, "warnings", ())]))
-    with suppress(FileNotFoundError):
-        item.sidecar.unlink()  # a sidecar vouches for the video beside it
-    write_video(result.video, item.path, overwrite=True)
     verdict = check_video(result.video)
     check = {"status": verdict.status, "failures": list(verdict.failures), "warnings": list(verdict.warnings)}
-    write_json(item.sidecar, sidecar(item, order, result, check, notes))
+    content = sidecar(item, order, result, check, notes)
+    if item.path.exists():
+        with suppress(FileNotFoundError):
+            item.sidecar.unlink()  # a sidecar vouches for the video beside it
+        write_video(result.video, item.path, overwrite=True)
+        write_json(item.sidecar, content)
+        return check
+    with atomic_path(item.path) as temporary:  # a kill leaves no video without its sidecar
+        write_video(result.video, temporary)
+        write_json(item.sidecar, content)
     return check
 
 

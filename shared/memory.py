@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,8 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, OutOfMemoryError):
         return False
     kinds = (torch.OutOfMemoryError, MemoryError)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
     return isinstance(error, kinds) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
     )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import SettingError
-from shared.files import write_json
+from shared.files import remove_leftovers, write_json
 from shared.optimizers import Muon
 from shared.training_log import Logbook, memory_bytes
 from shared.training_memory import recomputed
@@ -175,6 +175,8 @@ def train(
     strategy.micro_steps(0, config.accumulation)  # refuses what cannot be dealt out, before anything is made
     folder.mkdir(parents=True, exist_ok=True)
     _check_recipe(folder, recipe, write=strategy.is_main)
+    if strategy.is_main:
+        remove_leftovers(folder)
     place(model, strategy)
     ema = EMA(model, config.ema_decay) if config.ema_decay else None
     state = TrainState(model, make_optimizers(model, config), ema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -32,7 +33,9 @@ class Logbook:
         self._began = time.monotonic()
         if self.active:
             self._board = self._open.enter_context(SummaryWriter(str(self.folder)))
-            self._log = self._open.enter_context(open(self.folder / "log.jsonl", "a", encoding="utf-8"))
+            path = self.folder / "log.jsonl"
+            _cut_to_whole_lines(path)  # a kill or a full disk may have left the beginning of one
+            self._log = self._open.enter_context(open(path, "a", encoding="utf-8"))
         hidden = self._quiet or not self.active
         bar = tqdm(total=self._steps, initial=self._start, unit="step", dynamic_ncols=True, disable=hidden)
         self._bar = self._open.enter_context(bar)
@@ -64,6 +67,11 @@ class Logbook:
             write_video(video, self.folder / "samples" / f"{step:07d}-{name}.gif", overwrite=True)
             strip = video.frames.permute(1, 0, 2, 3).flatten(1, 2)
             self._board.add_image(f"samples/{name}", strip.numpy(), step, dataformats="HWC")
+
+
+def _cut_to_whole_lines(path: Path) -> None:
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -7,7 +7,6 @@ number of processes. The newest counts; the others are removed.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import shutil
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.errors import WeightsError
+from shared.errors import OutputPathError, WeightsError
+from shared.torch_files import save_torch
 from shared.training_parallel import Strategy, like, local
 
 FILE = "state.pt"
@@ -118,12 +118,7 @@ class TrainState:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "ema": self.ema.state_dict() if self.ema else None,
         }
-        temporary = folder / f"{FILE}.part"
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / FILE)
+        save_torch(state, folder / FILE)
 
     def _load_file(self, path: Path) -> None:
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -238,6 +233,7 @@ def _misfit(path: Path, error: Exception) -> WeightsError:
 
 
 def _save_shards(folder: Path, step: int, flat: dict[str, Tensor], strategy: Strategy) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
     aside, final = folder / f"state-{step}.part", folder / f"state-{step}"
@@ -245,7 +241,11 @@ def _save_shards(folder: Path, step: int, flat: dict[str, Tensor], strategy: Str
         shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
         shutil.rmtree(final, ignore_errors=True)
     strategy.wait()
-    save(flat, checkpoint_id=aside, process_group=strategy.control)
+    try:
+        save(flat, checkpoint_id=aside, process_group=strategy.control)
+    except CheckpointException as error:  # the same on all processes
+        reason = (str(next(iter(error.failures.values()))[0]).splitlines() or ["unknown"])[0]
+        raise OutputPathError(f"cannot write {final}: {reason}") from error
     if strategy.is_main:
         aside.rename(final)
     strategy.wait()

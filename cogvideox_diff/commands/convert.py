@@ -70,7 +70,7 @@ def convert_model(
     absent or of another shape, OutputPathError where `output` is in the way or the disk too small."""
     from cogvideox_diff.formats import open_folder
     from cogvideox_diff.model_files import PARTS, check_layout, read_part, write_model
-    from shared.files import atomic_path
+    from shared.files import atomic_path, remove_leftovers
 
     if not shard_gb > 0:
         raise SettingError(f"shard_gb must be positive, got {shard_gb}")
@@ -92,6 +92,7 @@ def convert_model(
     }
     if dry_run:
         return result
+    remove_leftovers(output.parent, output.stem)
     with atomic_path(output, overwrite=overwrite) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # noted above
         write_model(

@@ -253,7 +253,21 @@ def _mapped(values: Sequence[T], work: Callable[[T], Any], num_workers: int) -> 
         raise SettingError(f"num_workers must not be negative, got {num_workers}")
     if num_workers == 0 or not values:
         return iter(map(work, values))
-    return iter(DataLoader(_Mapped(values, work), batch_size=None, num_workers=num_workers, collate_fn=_same))
+    return _watched(
+        DataLoader(_Mapped(values, work), batch_size=None, num_workers=num_workers, collate_fn=_same)
+    )
+
+
+def _watched(loader: DataLoader) -> Iterator[Any]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"{str(error).splitlines()[0]} while reading files (too little memory?); finished shards stay; "
+            "run it again, or with fewer --num_workers"
+        ) from error
 
 
 def _same(value: T) -> T:
