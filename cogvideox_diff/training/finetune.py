@@ -7,9 +7,9 @@ Legend: N clips, B batch, T latent frames, C latent channels, H/W latent rows/co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,13 +19,13 @@ from torch import Tensor
 from cogvideox_diff import conditioning, lora
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.schedule import NoiseSchedule
-from cogvideox_diff.training.objective import diffusion_loss
+from cogvideox_diff.training.objective import diffusion_loss, loss_by_timestep
 from cogvideox_diff.training.pack import PackPlan, num_tokens, packed_loss
 from cogvideox_diff.training.timesteps import Share
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE, scale_image_latents
 from shared.errors import SettingError
-from shared.training import Logs
+from shared.training import Objective
 from shared.transforms import to_signed
 
 Method = Literal["lora", "full"]
@@ -145,14 +145,14 @@ def objective(
     *,
     seed: int,
     accumulation: int = 1,
-) -> Callable[[int], tuple[Tensor, Logs]]:
+) -> Objective:
     """What `shared.training.train` minimises: the mean loss of `batch` clips, one timestep from each of as
     many equal parts of the micro-batch's own interval (paper section 3.2, Explicit Uniform Sampling)."""
     schedule = NoiseSchedule.from_config(config.schedule)
     if settings.task == "i2v" and samples.first_frames is None:
         raise SettingError("image to video needs the clips' first frames")
 
-    def loss(step: int) -> tuple[Tensor, Logs]:
+    def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
         rng = np.random.default_rng([seed, step])
         size = settings.batch
         picks = torch.from_numpy(rng.integers(len(samples), size=size))
@@ -173,7 +173,9 @@ def objective(
             ofs=None if ofs is None else torch.full((size,), float(ofs), device=device),
             dtype=model.proj_out.weight.dtype,
         )  # fmt: skip
-        return each.mean(), {"samples": size}
+        tokens = size * num_tokens(x0.shape[1:], text.shape[1], config.transformer.patch_size)
+        figures = loss_by_timestep(each, timesteps, schedule.num_timesteps)
+        return each.mean(), {"samples": size, "tokens": tokens} | figures
 
     return loss
 
@@ -187,7 +189,7 @@ def packed_objective(
     budget: int,
     seed: int,
     accumulation: int = 1,
-) -> Callable[[int], tuple[Tensor, Logs]]:
+) -> Objective:
     """As `objective`, for text to video: a micro-batch is a pack of at most `budget` tokens, and every sample
     of it counts alike. `settings.batch` is not used. SettingError where a sample is longer than a pack."""
     if settings.task != "t2v":
@@ -195,7 +197,7 @@ def packed_objective(
     schedule = NoiseSchedule.from_config(config.schedule)
     plan = PackPlan(samples.lengths(config), budget, seed)
 
-    def loss(step: int) -> tuple[Tensor, Logs]:
+    def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
         rng = np.random.default_rng([seed, step])
         picks, device = plan.pack(step), next(model.parameters()).device
         drawn = [samples.latents[i].float() for i in picks]
@@ -214,7 +216,9 @@ def packed_objective(
             model, schedule, x0, [text.to(device) for text in texts], timesteps, noise,
             ofs=None if ofs is None else torch.full((len(picks),), float(ofs), device=device),
         )  # fmt: skip
-        return each.mean(), {"samples": len(picks), "tokens": sum(plan.lengths[i] for i in picks)}
+        figures = loss_by_timestep(each, timesteps, schedule.num_timesteps)
+        counts = {"samples": len(picks), "tokens": sum(plan.lengths[i] for i in picks)}
+        return each.mean(), counts | figures
 
     return loss
 

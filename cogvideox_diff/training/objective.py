@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cogvideox_diff.schedule import NoiseSchedule
+
+BINS = 5  # of the timesteps, for the log
 
 
 def diffusion_loss(
@@ -33,3 +36,25 @@ def diffusion_loss(
     v = model(x_t, text_BLD, timesteps_B, ofs)
     target = schedule.velocity(x0_BTCHW, noise_BTCHW, timesteps_B)
     return (v.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def loss_by_timestep(
+    losses_B: Tensor, timesteps_B: Tensor, num_timesteps: int
+) -> dict[str, tuple[float, int]]:
+    """Figures to log: the (sum, count) of the losses in each fifth of the timesteps that has any."""
+    places_B = (timesteps_B * BINS // num_timesteps).to(losses_B.device)
+    figures = {}
+    for place in places_B.unique().tolist():
+        inside = losses_B.detach()[places_B == place]
+        first, end = (-(-k * num_timesteps // BINS) for k in (place, place + 1))
+        figures[f"timesteps{first}-{end - 1}"] = (float(inside.sum()), len(inside))
+    return figures
+
+
+def summed(figures: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts and (sum, count) pairs of two batches together."""
+    both = {**figures, **more}
+    for name in figures.keys() & more.keys():
+        a, b = figures[name], more[name]
+        both[name] = (a[0] + b[0], a[1] + b[1]) if isinstance(a, tuple) else a + b
+    return both

@@ -26,8 +26,8 @@ from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.training.data import LatentClips, encode_shapes, pixel_batch
 from cogvideox_diff.training.finetune import FinetuneConfig, Samples, objective, trainable
-from cogvideox_diff.training.objective import diffusion_loss
-from cogvideox_diff.training.pack import packed_loss
+from cogvideox_diff.training.objective import diffusion_loss, loss_by_timestep, summed
+from cogvideox_diff.training.pack import num_tokens, packed_loss
 from cogvideox_diff.training.timesteps import WHOLE, Share
 from cogvideox_diff.training.vae_gan import AdversarialVAE, GanConfig
 from cogvideox_diff.transformer import ExpertTransformer
@@ -220,7 +220,8 @@ class Run:
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             decoded = model.decode(posterior.sample(noise.to(device)))
             if judged is not None:
-                return judged.loss(pixels, decoded, posterior, done, step % phase.num_frames)
+                value, logs = judged.loss(pixels, decoded, posterior, done, step % phase.num_frames)
+                return value, logs | {"samples": phase.batch}
             difference = decoded.float() - pixels
             error = (edge_weight(pixels) * (difference.abs() + difference.square())).mean()
             kl = posterior.kl() / posterior.mean[0].numel()
@@ -229,6 +230,7 @@ class Run:
                 "psnr": float(psnr),
                 "kl": float(kl.detach()),
                 "latent_std": float(posterior.mean.detach().std()),
+                "samples": phase.batch,
             }
             return error + KL * kl, figures
 
@@ -289,19 +291,21 @@ class Run:
         if recipe.pack and self.strategy.parallel == "fsdp":
             raise SettingError("frame packs need whole layers: --parallel none or ddp")
 
-        def loss(step: int) -> tuple[Tensor, Logs]:
+        def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
             rng, done = np.random.default_rng([settings.seed, step]), step // settings.accumulation
             loss_of = partial(loss_in, share=Share.of(step, settings.accumulation))
             if done < recipe.still_steps:
-                image = loss_of(stills, 3 * recipe.still_batch, rng)
-                return image, {"image": float(image.detach())}
+                image, figures = loss_of(stills, 3 * recipe.still_batch, rng)
+                return image, {"image": float(image.detach())} | figures
             now = next((c for begin, c in reversed(smaller) if done >= begin * settings.steps), clips)
             if recipe.pack:
                 draws = [(now, recipe.clip_batch), (stills, recipe.still_batch)]
                 return _packed_loss(model, schedule, scale, ids, draws, rng, device=device,
                                     share=Share.of(step, settings.accumulation))  # fmt: skip
-            video, image = loss_of(now, recipe.clip_batch, rng), loss_of(stills, recipe.still_batch, rng)
-            return video + 0.5 * image, {"video": float(video.detach()), "image": float(image.detach())}
+            video, figures = loss_of(now, recipe.clip_batch, rng)
+            image, more = loss_of(stills, recipe.still_batch, rng)
+            means = {"video": float(video.detach()), "image": float(image.detach())}
+            return video + 0.5 * image, means | summed(figures, more)
 
         said = {"clips": recipe.clip_batch, "stills": recipe.still_batch, "scale": scale}
         more = {"resolutions": str(recipe.resolutions)} if recipe.resolutions else {}
@@ -319,11 +323,10 @@ class Run:
         ids = {text: tokenizer([text]).ids[0] for text in _texts()}
         device = self.strategy.device or torch.device("cpu")
 
-        def loss(step: int) -> tuple[Tensor, Logs]:
+        def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
             share, rng = Share.of(step, settings.accumulation), np.random.default_rng([settings.seed, step])
-            value = _batch_loss(model, schedule, scale, ids, best, recipe.clip_batch, rng, share=share,
-                                device=device)  # fmt: skip
-            return value, {"samples": recipe.clip_batch}
+            return _batch_loss(model, schedule, scale, ids, best, recipe.clip_batch, rng, share=share,
+                               device=device)  # fmt: skip
 
         model.requires_grad_(True)
         self._train(model, loss, settings, "quality", {"share": recipe.quality_share, "scale": scale})
@@ -441,9 +444,9 @@ def _batch_loss(
     *,
     share: Share = WHOLE,
     device: torch.device | None = None,
-) -> Tensor:
-    """Mean loss of `size` random clips (or stills). Timesteps are drawn one from each of `size` equal parts
-    of the micro-batch's own interval (paper section 3.2, Explicit Uniform Sampling)."""
+) -> tuple[Tensor, dict[str, Any]]:
+    """Mean loss of `size` random clips (or stills), and figures to log. Timesteps are drawn one from each of
+    `size` equal parts of the micro-batch's own interval (paper section 3.2, Explicit Uniform Sampling)."""
     picks = rng.integers(len(clips), size=size)
     x0 = clips.latents[torch.from_numpy(picks)].float() * scale
     still = x0.shape[1] == 1
@@ -454,7 +457,10 @@ def _batch_loss(
     features = model.text_encoder(torch.stack([ids[text] for text in texts]).to(device))
     timesteps = torch.from_numpy(rng.permutation(steps))
     x0, timesteps, noise = (x.to(device) for x in (x0, timesteps, noise))
-    return diffusion_loss(model.transformer, schedule, x0, features, timesteps, noise).mean()
+    each = diffusion_loss(model.transformer, schedule, x0, features, timesteps, noise)
+    tokens = size * num_tokens(x0.shape[1:], features.shape[1], model.transformer.config.patch_size)
+    figures = loss_by_timestep(each, timesteps, schedule.num_timesteps)
+    return each.mean(), {"samples": size, "tokens": tokens} | figures
 
 
 def _packed_loss(
@@ -467,7 +473,7 @@ def _packed_loss(
     *,
     share: Share,
     device: torch.device,
-) -> tuple[Tensor, Logs]:
+) -> tuple[Tensor, dict[str, Any]]:
     """Mean loss of so many random samples of each kind, all in one frame pack (`training.pack`)."""
     x0, texts = [], []
     for clips, size in draws:
@@ -480,4 +486,7 @@ def _packed_loss(
     features = model.text_encoder(torch.stack([ids[text] for text in texts]).to(device))
     each = packed_loss(model.transformer, schedule, [x.to(device) for x in x0], list(features),
                        steps.to(device), noise)  # fmt: skip
-    return each.mean(), {"samples": len(x0)}
+    patch = model.transformer.config.patch_size
+    tokens = sum(num_tokens(x.shape, features.shape[1], patch) for x in x0)
+    figures = loss_by_timestep(each, steps, schedule.num_timesteps)
+    return each.mean(), {"samples": len(x0), "tokens": tokens} | figures

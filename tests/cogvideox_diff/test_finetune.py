@@ -15,6 +15,7 @@ from cogvideox_diff.formats import FAMILY, FORMAT, OUR_CONFIG
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.training import finetune
 from cogvideox_diff.training.finetune import FinetuneConfig, Samples, objective, trainable, widen_for_images
+from cogvideox_diff.training.objective import loss_by_timestep
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import load_tensors, save_tensors
 from shared.config_io import save_config
@@ -216,3 +217,9 @@ def test_a_difference_from_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_tiny_variants_are_the_released_ones() -> None:
     assert tiny_config("5b-i2v").transformer.in_channels == 2 * tiny_config("5b").transformer.in_channels
+
+
+def test_losses_are_told_by_fifths_of_the_timesteps() -> None:
+    losses, timesteps = torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.tensor([0, 199, 200, 999])
+    figures = loss_by_timestep(losses, timesteps, 1000)
+    assert figures == {"timesteps0-199": (3.0, 2), "timesteps200-399": (3.0, 1), "timesteps800-999": (5.0, 1)}

@@ -88,7 +88,7 @@ def test_sizes_grow_and_a_resumed_run_is_the_uninterrupted_one(
     parts = run_in(prepared, tmp_path / "parts", resolutions=stages)
     inner, calls = recipes._batch_loss, []
 
-    def stopping(*args: Any, **options: Any) -> Tensor:
+    def stopping(*args: Any, **options: Any) -> tuple[Tensor, dict[str, Any]]:
         calls.append(1)
         if len(calls) == 3:  # in the second step, the last of the smaller size
             import os
@@ -106,11 +106,17 @@ def test_sizes_grow_and_a_resumed_run_is_the_uninterrupted_one(
     assert all(one[name].equal(two[name]) for name in one)
 
 
-def test_clips_and_stills_share_a_pack(prepared: Path, tmp_path: Path) -> None:
-    run_in(prepared, tmp_path, pack=True).stage("transformer")
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_log_tells_losses_by_timestep_and_tokens(prepared: Path, tmp_path: Path, pack: bool) -> None:
+    """Of clips and stills together, packed into one row or not."""
+    run_in(prepared, tmp_path, pack=pack).stage("transformer")
     log = [json.loads(line) for line in (tmp_path / "transformer" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4]
-    assert all("loss" in line and "samples_per_second" in line for line in log)
+    common = {"loss", "lr", "grad_norm", "memory_bytes", "samples_per_second", "tokens_per_second"}
+    for line in log:
+        assert common <= line.keys()
+        assert any(name.startswith("timesteps") for name in line)
+        assert line["tokens_per_second"] > 5 * line["samples_per_second"]
 
 
 def test_the_quality_stage_goes_on_from_the_transformer(prepared: Path, tmp_path: Path) -> None:

@@ -104,12 +104,13 @@ class Listener:
         self.noisy: list[Tensor] = []
         self.timesteps: list[Tensor] = []
         self.ids: list[Tensor] = []
+        self.config = SimpleNamespace(patch_size=(1, 1, 1))
 
     def text_encoder(self, ids: Tensor) -> Tensor:
         self.ids.append(ids)
         return ids[..., None].float()
 
-    def transformer(self, x: Tensor, text: Tensor, timesteps: Tensor, ofs: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, text: Tensor, timesteps: Tensor, ofs: Tensor | None) -> Tensor:
         self.noisy.append(x)
         self.timesteps.append(timesteps)
         return torch.zeros_like(x)
@@ -117,8 +118,9 @@ class Listener:
 
 def batch_loss(listener: Listener, clips: LatentClips, size: int, seed: int) -> Tensor:
     ids = {text: torch.tensor([i]) for i, text in enumerate(sorted(recipes._texts()))}
-    model = SimpleNamespace(text_encoder=listener.text_encoder, transformer=listener.transformer)
-    return recipes._batch_loss(model, SCHEDULE, 0.5, ids, clips, size, np.random.default_rng(seed))  # type: ignore[arg-type]
+    model = SimpleNamespace(text_encoder=listener.text_encoder, transformer=listener)
+    rng = np.random.default_rng(seed)
+    return recipes._batch_loss(model, SCHEDULE, 0.5, ids, clips, size, rng)[0]  # type: ignore[arg-type]
 
 
 def numbered_latents(num_frames: int) -> LatentClips:

@@ -26,6 +26,7 @@ from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideox_diff.config import ScheduleConfig, TransformerConfig
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.training.data import LatentClips
+from cogvideox_diff.training.objective import summed
 from cogvideox_diff.training.recipes import _batch_loss
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.clips import shapes
@@ -74,8 +75,11 @@ def diffusion() -> tuple[nn.Module, Objective]:
 
     def objective(micro: int) -> tuple[Tensor, Logs]:
         rng = np.random.default_rng(micro)
-        losses = [_batch_loss(model, schedule, 1.0, ids, clips, size, rng) for size in (2, 3)]  # type: ignore[arg-type]
-        return losses[0] + 0.5 * losses[1], {"samples": 5, "second": float(losses[1].detach())}
+        (first, figures), (second, more) = (
+            _batch_loss(model, schedule, 1.0, ids, clips, size, rng)  # type: ignore[arg-type]
+            for size in (2, 3)
+        )
+        return first + 0.5 * second, {"second": float(second.detach())} | summed(figures, more)
 
     return model, objective
 
@@ -245,9 +249,14 @@ def test_figures_are_those_of_all_micro_batches(mode: str, runs: Any, tmp_path: 
     learnt("diff", tmp_path, Strategy())
     for got, expected in zip(lines(runs[0] / f"{mode} diff"), lines(tmp_path), strict=True):
         assert got.keys() == expected.keys()
-        for name in ("loss", "second", "grad_norm", "lr"):
+        by_timestep = {name for name in got if name.startswith("timesteps")}
+        assert by_timestep <= {f"timesteps{t}-{t + 199}" for t in range(0, 1000, 200)}
+        assert len(by_timestep) > 2
+        for name in ("loss", "second", "grad_norm", "lr", *by_timestep):
             assert got[name] == pytest.approx(expected[name], rel=1e-5)
         assert got["samples_per_second"] * got["seconds_per_step"] == pytest.approx(4 * 5)
+        tokens = 4 * 5 * (5 + 2 * 2 * 2)  # text, and 2 frames of 2 x 2 patches
+        assert got["tokens_per_second"] * got["seconds_per_step"] == pytest.approx(tokens)
 
 
 def test_gradients_are_computed_twice_and_learn_the_same(runs: Any) -> None:
