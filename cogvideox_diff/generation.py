@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cogvideox_diff import conditioning
+from cogvideox_diff.approximate import ApproximateTransformer
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.denoising import Step, denoise
 from cogvideox_diff.formats import Parts
@@ -74,6 +76,7 @@ class Batch:
     pixels: Tensor | None
     stages: dict[str, StageStats]
     warnings: tuple[tuple[str, ...], ...]
+    left_out: list[dict[str, Any]] = field(default_factory=list)  # per video, by approximations
 
 
 class Engine:
@@ -139,7 +142,9 @@ class Engine:
             with self._stage(timer, "decode", unit="frames") as stage:
                 pixels = self._decode(latents)
                 stage.units = len(pixels) * pixels.shape[2]
-        return Batch(latents=latents, pixels=pixels, stages=timer.stages, warnings=cut)
+        model = predict.model
+        left_out = model.report(len(items)) if isinstance(model, ApproximateTransformer) else []
+        return Batch(latents=latents, pixels=pixels, stages=timer.stages, warnings=cut, left_out=left_out)
 
     @contextmanager
     def _stage(self, timer: StageTimer, name: str, *, unit: str = "", units: int = 0) -> Iterator[Stage]:
@@ -243,9 +248,14 @@ class Engine:
     def predictor(
         self, plan: Plan, text: Tensor, negative: Tensor | None, encoded: Tensor | None
     ) -> Predictor:
-        """The transformer with all that it is given besides the sample."""
+        """The transformer, or what the plan approximates it by, with all that it is given besides the
+        sample."""
+        model: Callable[..., Tensor] = self.parts.transformer
+        if plan.approximation.is_on:
+            plan.approximation.check(offload=self.placement.mode)
+            model = ApproximateTransformer(self.parts.transformer, plan.approximation, plan.num_steps)
         return Predictor(
-            model=self.parts.transformer,
+            model=model,
             text=text,
             negative=negative,
             image_latents=encoded if plan.task == "i2v" else None,

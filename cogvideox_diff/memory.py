@@ -95,7 +95,9 @@ def stage_needs(
     if plan.task != "t2v":
         frames = 1 if plan.task == "i2v" else plan.geometry.num_frames
         work["encode"] = "vae", _encode_work(config.vae, plan.geometry.size, frames, dtype, tiled) + video
-    work["model"] = "transformer", _model_work(config.transformer, plan, dtype, batch)
+    rows, tokens = batch * (2 if plan.guided else 1), plan.geometry.num_tokens
+    kept = plan.approximation.kept_bytes(config.transformer, tokens, rows, dtype.itemsize)
+    work["model"] = "transformer", _model_work(config.transformer, plan, dtype, batch) + kept
     latents = plan.geometry.latent_frames
     work["decode"] = "vae", _decode_work(config.vae, plan.geometry.size, latents, dtype, tiled) + video
     sizes = net_bytes(config, dtype, quantize)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from cogvideox_diff import lora
+from cogvideox_diff.approximate import EXACT, Approximation
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SchedulerName
 from cogvideox_diff.diagnostics import diagnose
 from cogvideox_diff.formats import (
@@ -266,6 +267,7 @@ class CogVideoXPipeline:
         video: Video | None = None,
         strength: float | None = None,
         fit_frames: FitFrames | None = None,
+        approximation: Approximation = EXACT,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -278,9 +280,10 @@ class CogVideoXPipeline:
         `image` (uint8 [H, W, 3], an array or a PIL image) and `video` are resized to cover the size and cut.
         `fit_frames` ("nearest", "pad", "trim") makes another number of frames legal instead of refusing it.
         `latents` is the initial noise [(B,) T, C, H, W] of any task (T with padding); `prompt_embeds` the
-        text features [(B,) L, D]. `output_type`: "video"; "latent": float32 [T, C, H, W] without padding;
-        "pt": float32 [frames, 3, height, width] in 0..1; "np": the same as [frames, height, width, 3]; "pil":
-        images. SettingError before any work for what the model cannot do.
+        text features [(B,) L, D]. `approximation` saves time and makes other frames: it is not exact.
+        `output_type`: "video"; "latent": float32 [T, C, H, W] without padding; "pt": float32
+        [frames, 3, height, width] in 0..1; "np": the same as [frames, height, width, 3]; "pil": images.
+        SettingError before any work for what the model cannot do.
         """
         settings = CallSettings(
             negative_prompt=negative_prompt,
@@ -293,6 +296,7 @@ class CogVideoXPipeline:
             scheduler=scheduler,
             strength=strength,
             fit_frames=fit_frames,
+            approximation=approximation,
         )
         if output_type not in get_args(OutputType):
             legal = ", ".join(get_args(OutputType))
@@ -359,8 +363,9 @@ class CogVideoXPipeline:
                 stages=stages,
                 warnings=texts,
                 settings=self.settings(plan),
+                measured={"approximation": batch.left_out[i]} if batch.left_out else {},
             )
-            for pixels, texts in zip(batch.pixels, batch.warnings, strict=True)
+            for i, (pixels, texts) in enumerate(zip(batch.pixels, batch.warnings, strict=True))
         ]
 
     def _given(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cogvideox_diff.approximate import EXACT, Approximation
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, FramePadding, SamplingConfig, SchedulerName
 from cogvideox_diff.geometry import FitFrames, VideoGeometry, fit_frames, fit_short_side, nearest_frames
 from cogvideox_diff.guidance import DynamicGuidance, make_guidance
@@ -46,6 +47,7 @@ class CallSettings:
     strength: float | None = None  # video-to-video only
     fit_frames: FitFrames | None = None
     frame_padding: FramePadding = "front"  # where 1.5 completes pairs of latent frames
+    approximation: Approximation = EXACT
 
 
 DEFAULTS = CallSettings()
@@ -61,6 +63,7 @@ class Plan:
     negative_prompt: str
     fps: float
     guidance_weights: tuple[float, ...] = ()  # of every step, where they change
+    approximation: Approximation = EXACT
 
     @property
     def first_step(self) -> int:
@@ -91,6 +94,7 @@ class Plan:
             **to_plain(self.sampling),
             **({"frame_padding": size.padding} if size.patch_size[0] > 1 else {}),
             **({"guidance_weights": list(self.guidance_weights)} if self.guidance_weights else {}),
+            **({"approximate": self.approximation.settings()} if self.approximation.is_on else {}),
         }
 
 
@@ -122,6 +126,7 @@ def check_request(
         sampling=sampling,
         negative_prompt=settings.negative_prompt,
         fps=config.geometry.fps if video is None else video.fps,
+        approximation=settings.approximation,
     )
     return replace(plan, guidance_weights=_changing_weights(config, plan))
 
@@ -138,6 +143,8 @@ def plan_inversion(config: CogVideoXConfig, settings: CallSettings, video: Video
     `check_request`."""
     if settings.scheduler not in (None, "ddim") or settings.strength is not None:
         raise SettingError("inversion runs the ddim scheduler over all steps; legal: ddim, and no strength")
+    if settings.approximation.is_on:
+        raise SettingError("noise is found by the exact model; legal: no approximation")
     scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
     count = _num_frames(config, settings, video)
     settings = replace(settings, num_frames=count, fit_frames=None, scheduler="ddim", guidance_scale=scale)

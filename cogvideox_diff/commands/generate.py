@@ -60,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae_chunk", choices=("own", "auto"), default="own",
                         help="auto: shorter pieces than the model's own if needed: other frames")  # fmt: skip
     parser.add_argument("--quantize", choices=("none", "int8", "fp8"), default="none",
-                        help="weights in 8 bits, by torchao (extra quant)")  # fmt: skip
+                        help="NOT exact: weights in 8 bits, by torchao (extra quant)")  # fmt: skip
+    parser.add_argument("--approximate_feature_cache", type=float, default=0.0, metavar="CHANGE",
+                        help="NOT exact: skip steps' blocks until their input changed so much")  # fmt: skip
+    parser.add_argument("--approximate_attention_every", type=int, default=1, metavar="STEPS",
+                        help="NOT exact: attention runs in one of so many middle steps")  # fmt: skip
     parser.add_argument("--lora_path", type=Path, action="append", default=[], metavar="LORA",
                         help="an adapter, of diffusers, PEFT or SAT; several add up")  # fmt: skip
     parser.add_argument("--lora_scale", type=float, action="append", default=[], metavar="SCALE",
@@ -220,6 +224,7 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
         vae_chunk=options.vae_chunk,
         quantize=options.quantize,
     )
+    plan.approximation.check(offload=savers.offload, processes=sharing.degree if sharing else 1)
     settings = {
         "family": "cogvideox_diff",
         "weights": weights_mark(folder.path),
@@ -229,6 +234,8 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
     }
+    if savers.quantize != "none":
+        settings["approximate"] = settings.get("approximate", {}) | {"quantize": savers.quantize}
     if adapters:
         settings["lora"] = [adapter.settings() for adapter in adapters]
     if chain is not None:
@@ -285,6 +292,7 @@ def _load_adapters(pipeline: CogVideoXPipeline, adapters: Sequence[Chosen], *, q
 
 def _call_settings(options: argparse.Namespace, noise: LatentFile | None) -> CallSettings:
     """As given; what is not given is as the noise was made, if one is given."""
+    from cogvideox_diff.approximate import Approximation
     from cogvideox_diff.planning import CallSettings
 
     made = {} if noise is None else {**noise.settings, "num_frames": noise.num_frames}
@@ -301,6 +309,10 @@ def _call_settings(options: argparse.Namespace, noise: LatentFile | None) -> Cal
         dynamic_cfg=options.dynamic_cfg,
         strength=options.strength,
         fit_frames=options.fit_frames,
+        approximation=Approximation(
+            feature_cache=options.approximate_feature_cache,
+            attention_every=options.approximate_attention_every,
+        ),
         frame_padding=made.get("frame_padding", options.frame_padding),
         **{name: made.get(name) if value is None else value for name, value in given.items()},
     )
