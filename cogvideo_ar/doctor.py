@@ -16,7 +16,7 @@ from cogvideo_ar.checkpoints import ICETK_VQVAE, SAT_DSR, SAT_ITERSR, SAT_STAGE
 from cogvideo_ar.config import CogVideoConfig, cogvideo
 from cogvideo_ar.formats import OwnFolder, open_folder
 from cogvideo_ar.parts import FAMILY, FINE_STAGES
-from cogvideo_ar.sat_layout import CODEC, SatFolder, checkpoint_kind
+from cogvideo_ar.sat_layout import CODEC, OTHER_FAMILY, SatFolder, checkpoint_kind
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
@@ -26,7 +26,6 @@ from shared.doctor.report import Diagnosis, Finding, bad, risk
 from shared.errors import WeightsError
 from shared.model_folder import needed, without_memory
 
-OTHER_FAMILY = ("model.diffusion_model.", "transformer_blocks.", "encoder.down_blocks.", "t5.")
 TABLES: dict[str, Table] = {"stage": SAT_STAGE, "direct": SAT_DSR, "iterative": SAT_ITERSR}
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from cogvideo_ar.clusters import FILE as CLUSTERS
 from cogvideo_ar.config import CogVideoConfig
-from cogvideo_ar.parts import DEMO, FAMILY, Parts, load_parts, own_dtype, read_config, save_parts
+from cogvideo_ar.part_files import PointedFiles, makes_a_model
+from cogvideo_ar.part_paths import NONE, PartPaths
+from cogvideo_ar.parts import DEMO, FAMILY, OwnFiles, Parts, load_parts, own_dtype, save_parts
 from cogvideo_ar.sat_export import save_sat
 from cogvideo_ar.sat_layout import SatFolder, is_sat
-from shared.checkpoints import load_tensors
 from shared.errors import OutputPathError, WeightsError
-from shared.model_folder import find_model, needed
+from shared.model_folder import combined_mark, find_model
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,25 @@ class OwnFolder:
     """A folder that `save_parts` wrote: as of a `SatFolder`, what is known before its weights are read."""
 
     path: Path
+    parts: PartPaths = NONE  # those that lie elsewhere
 
     @cached_property
     def config(self) -> CogVideoConfig:
-        return read_config(self.path)
+        return self._files.config
+
+    @cached_property
+    def _files(self) -> OwnFiles:
+        return PointedFiles(self.path, self.parts) if self.parts.given else OwnFiles(self.path)
+
+    @property
+    def mark(self) -> str:
+        """16 hex digits that change with the weights."""
+        return combined_mark(self.path, self.parts.marked)
+
+    def check(self) -> None:
+        """WeightsError unless the parts that lie elsewhere fit; reads no weights."""
+        if isinstance(self._files, PointedFiles):
+            self._files.check()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,36 +60,55 @@ class OwnFolder:
         """Where a table of token clusters belongs."""
         return self.path / CLUSTERS
 
+    @property
+    def text_model(self) -> Path:
+        """The text model."""
+        return self._files.text_model
+
+    def codec(self) -> dict[str, Tensor]:
+        """The image codec's tensors, as they are stored."""
+        return self._files.read("vqvae", None, torch.device("cpu"))
+
     def codebook(self) -> Tensor:
         """The image codec's codes [V, D], float32."""
-        return load_tensors(needed(self.path / "vqvae.safetensors"))["quantizer.codebook"].float()
+        return self.codec()["quantizer.codebook"].float()
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Parts:
-        return load_parts(self.path, dtype, device)
+        return load_parts(self.path, dtype, device, self._files)
 
 
 ModelFolder = OwnFolder | SatFolder
 
 
-def open_folder(source: str | Path) -> ModelFolder:
-    """The folder that `source` ("demo" or a path) stands for. WeightsError says what is missing."""
-    if str(source) != "demo" and is_sat(Path(source)):
-        return SatFolder(Path(source))
-    return OwnFolder(find_model(source, demo=DEMO, family=FAMILY))
+def open_folder(source: str | Path, parts: PartPaths | None = None) -> ModelFolder:
+    """The folder that `source` ("demo" or a path) stands for, with `parts` that lie elsewhere; "demo" with
+    all of them in their released form is these alone. WeightsError says what is missing, and what of `parts`
+    is not there, is another part or does not fit, before any weights are read."""
+    parts = parts or NONE
+    parts.check()
+    folder: ModelFolder
+    if str(source) == "demo" and makes_a_model(parts):
+        folder = SatFolder(None, parts)
+    elif str(source) != "demo" and is_sat(Path(source)):
+        folder = SatFolder(Path(source), parts)
+    else:
+        folder = OwnFolder(find_model(source, demo=DEMO, family=FAMILY), parts)
+    if parts.given:
+        folder.check()
+    return folder
 
 
 def convert_folder(
     source: str | Path,
     target: str | Path,
     *,
-    stage1_path: Path | None = None,
-    stage2_path: Path | None = None,
+    parts: PartPaths | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the released parts in `source` as a folder of our own; `dtype` is that of the stored weights
-    (default: as the transformers are, float32 for the codec). The paths name the checkpoints of the stages
-    where `source` does not tell them apart.
+    (default: as the transformers are, float32 for the codec). `parts` lie elsewhere, or are the stages where
+    `source` does not tell them apart.
 
     Raises WeightsError for parts that are missing or do not fit, OutputPathError where a model is there.
     """
@@ -84,7 +119,10 @@ def convert_folder(
         raise WeightsError(f"there is no folder {source}")
     if (source / "config.json").is_file():
         raise WeightsError(f"{source} has a config.json: there is nothing to convert")
-    folder = SatFolder(source, stage1_path, stage2_path)
+    parts = parts or NONE
+    parts.check()
+    folder = SatFolder(source, parts)
+    folder.check()
     return save_parts(folder.load(folder.dtype, torch.device("cpu")), target, dtype)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from cogvideo_ar.clusters import FILE as CLUSTERS
 from cogvideo_ar.clusters import read_clusters, write_clusters
-from cogvideo_ar.config import CogVideoConfig, SuperResolutionConfig, TransformerConfig
+from cogvideo_ar.config import CogVideoConfig, TransformerConfig
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
@@ -37,6 +38,7 @@ from shared.tokenizers.icetk import IceTokenizer
 
 FAMILY = "cogvideo_ar"
 DEMO = Path(__file__).parent / "demo"
+TEXT_MODEL = "ice_text.model"
 FINE_STAGES = ("super_resolution", "refinement")  # fields of `Parts` and of `CogVideoConfig`
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
 
@@ -95,39 +97,64 @@ def own_dtype(folder: Path) -> torch.dtype:
     return parse_dtype(read_model_header(folder, FAMILY).get("dtype", "float32"))
 
 
-def load_parts(folder: Path, dtype: torch.dtype, device: torch.device) -> Parts:
-    """Read a model folder: transformers in `dtype`, the codec in float32."""
-    config = read_config(folder)
-    text_model = needed(folder / "ice_text.model")
+class OwnFiles:
+    """Where a model folder has its parts; `cogvideo_ar.part_files` has some of them elsewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def config(self) -> CogVideoConfig:
+        """Settings of the model."""
+        return read_config(self.folder)
+
+    @property
+    def text_model(self) -> Path:
+        """The text model; WeightsError where it is missing."""
+        return needed(self.folder / TEXT_MODEL)
+
+    def read(self, net: str, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of a net, which is a field of `Parts`; None is the stored type."""
+        return load_cast(self.folder / f"{net}.safetensors", dtype, device)
+
+    def read_interpolation(
+        self, keyframes: CogVideoTransformer, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """All of stage 2; what it shares with `keyframes` is itself, so that it is moved and pinned once."""
+        return dict(keyframes.base_parameters()) | self.read("interpolation", dtype, device)
+
+
+def load_parts(
+    folder: Path, dtype: torch.dtype, device: torch.device, files: OwnFiles | None = None
+) -> Parts:
+    """Read a model folder: transformers in `dtype`, the codec in float32. `files` are its parts, if not all
+    of them are there."""
+    files = files or OwnFiles(folder)
+    config, text_model = files.config, files.text_model
     tokenizer = load_tokenizer(text_model, config.keyframes.num_image_tokens)
-    base = _read(folder / "keyframes.safetensors", dtype, device)
-    keyframes = build(CogVideoTransformer, config.keyframes, base)
-    inherited = dict(keyframes.base_parameters())  # themselves: they are moved and pinned together
-    own = _read(folder / "interpolation.safetensors", dtype, device)
+    keyframes = build(CogVideoTransformer, config.keyframes, files.read("keyframes", dtype, device))
+    interpolation = files.read_interpolation(keyframes, dtype, device)
     labels = folder / CLUSTERS
+    fine: dict[str, SuperResolutionTransformer] = {
+        name: build(SuperResolutionTransformer, settings, files.read(name, dtype, device))
+        for name in FINE_STAGES
+        if (settings := getattr(config, name)) is not None
+    }
     return Parts(
         config=config,
         keyframes=keyframes,
-        interpolation=build(CogVideoTransformer, config.interpolation, inherited | own),
-        vqvae=build(VQVAE, config.vqvae, _read(folder / "vqvae.safetensors", torch.float32, device)),
+        interpolation=build(CogVideoTransformer, config.interpolation, interpolation),
+        vqvae=build(VQVAE, config.vqvae, files.read("vqvae", torch.float32, device)),
         tokenizer=tokenizer,
         text_model=text_model.read_bytes(),
         cluster_labels=_labels(labels, config) if labels.is_file() else None,
-        super_resolution=_load_fine("super_resolution", folder, config.super_resolution, dtype, device),
-        refinement=_load_fine("refinement", folder, config.refinement, dtype, device),
+        super_resolution=fine.get("super_resolution"),
+        refinement=fine.get("refinement"),
     )
 
 
 def _labels(path: Path, config: CogVideoConfig) -> Tensor:
     return read_clusters(path, config.keyframes.num_image_tokens)
-
-
-def _load_fine(
-    name: str, folder: Path, config: SuperResolutionConfig | None, dtype: torch.dtype, device: torch.device
-) -> SuperResolutionTransformer | None:
-    if config is None:
-        return None
-    return build(SuperResolutionTransformer, config, _read(folder / f"{name}.safetensors", dtype, device))
 
 
 def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> Path:
@@ -145,7 +172,7 @@ def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> 
         save_tensors(_stored(tensors, dtype), folder / f"{name}.safetensors")
     if parts.cluster_labels is not None:
         write_clusters(parts.cluster_labels, folder / CLUSTERS)
-    with atomic_path(folder / "ice_text.model") as temporary:
+    with atomic_path(folder / TEXT_MODEL) as temporary:
         temporary.write_bytes(parts.text_model)
     with atomic_path(folder / "config.json") as temporary:  # last: a folder with it is whole
         save_config(parts.config, temporary, family=FAMILY, format=FORMAT, dtype=dtype_name(parts.dtype))
@@ -193,6 +220,18 @@ def check_super_resolution(config: CogVideoConfig) -> None:
         _check_same("refinement", refinement, "super-resolution", fine, [*same, "fine_grid"])
 
 
+def check_together(config: CogVideoConfig) -> None:
+    """WeightsError unless parts of several models make one: the same frames, tokens and text."""
+    first, second, codec = config.keyframes, config.interpolation, config.vqvae
+    same = ["grid", "num_image_tokens", "start_of_image", "pad_token"]
+    _check_same("the interpolation", second, "the key frames", first, same)
+    if codec.codebook_size != first.num_image_tokens:
+        raise WeightsError(
+            f"the image codec has {codec.codebook_size} codes, the key frames {first.num_image_tokens} tokens"
+        )
+    check_super_resolution(config)
+
+
 def _check_same(name: str, config: Any, other: str, before: Any, fields: list[str]) -> None:
     for field in fields:
         got, wanted = getattr(config, field), getattr(before, field)
@@ -200,8 +239,11 @@ def _check_same(name: str, config: Any, other: str, before: Any, fields: list[st
             raise WeightsError(f"{name} has the {field} {got}, {other} {wanted}")
 
 
-def _read(path: Path, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    return load_tensors(needed(path), device=str(device), dtype_of=lambda name: dtype)
+def load_cast(path: Path, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a file, cast while they are read; None is the stored type."""
+    return load_tensors(
+        needed(path), device=str(device), dtype_of=None if dtype is None else lambda name: dtype
+    )
 
 
 def build(kind: Callable[[Any], nn.Module], config: Any, tensors: dict[str, Tensor]) -> Any:

@@ -21,8 +21,9 @@ from cogvideo_ar.continuation import FitSize, Given, Prefix, prefix_of
 from cogvideo_ar.diagnostics import diagnose
 from cogvideo_ar.formats import open_folder
 from cogvideo_ar.layout import prompt_tokens
-from cogvideo_ar.memory import advice, resolve_offload
+from cogvideo_ar.memory import advice, quantized, resolve_offload
 from cogvideo_ar.options import Options, Plan, resolve
+from cogvideo_ar.part_paths import PartPaths
 from cogvideo_ar.parts import FAMILY, Parts, dtype_name, save_parts
 from cogvideo_ar.stages import Job, VQVAECodec, make_codes
 from cogvideo_ar.super_resolution.direct import check_texts
@@ -30,9 +31,9 @@ from cogvideo_ar.translation import is_chinese
 from shared.config_io import to_plain
 from shared.errors import SettingError
 from shared.memory import memory_stage
-from shared.model_folder import weights_mark
 from shared.offload import Placement
 from shared.protocol import GenerationRequest, GenerationResult, StageStats
+from shared.quantize import QuantizeMode, check_quantize, quantize_mode
 from shared.runtime import StageTimer, parse_device, parse_dtype
 from shared.tokenizers.icetk import IceTokenizer
 from shared.video import Video
@@ -83,31 +84,39 @@ class CogVideoPipeline:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         offload: str = "none",
+        quantize: QuantizeMode = "none",
+        parts: PartPaths | None = None,
     ) -> CogVideoPipeline:
         """`source` is "demo", a model folder, or one with the released parts (`cogvideo_ar.sat_layout`); None
         is the folder's dtype, and the first GPU or the CPU. `offload` "model" lets nets wait on the CPU for
         their turn, "sequential" their blocks too, "auto" as much of it as a call with default settings needs
-        (see `shared.offload.Placement`); where the CPU computes, all of them are "none".
+        (see `shared.offload.Placement`); where the CPU computes, all of them are "none". `parts` are paths of
+        single parts that are not in `source`.
+
+        `quantize` "int8" or "fp8" (needs torchao) keeps the transformers' blocks in 8 bits: not exact.
 
         Raises WeightsError where a file is missing, damaged or of another model, SettingError for a dtype,
         device or offload that is unknown or not there, OutOfMemoryError where the weights do not fit.
         """
-        folder = open_folder(source)
+        folder = open_folder(source, parts)
         chosen = parse_dtype(dtype) if isinstance(dtype, str) else dtype or folder.dtype
         place, plan = parse_device(str(device or "auto")), resolve(folder.config, Options())
         mode, _ = resolve_offload(offload, folder.config, plan, chosen, place)
+        check_quantize(quantize)
         on_cpu = place.type == "cpu"
         with memory_stage(
             "loading", lambda: advice("loading", offload=mode, dtype=chosen, plan=plan, on_cpu=on_cpu)
         ):
-            parts = folder.load(chosen, place if mode == "none" else torch.device("cpu"))
+            loaded = quantized(folder.load(chosen, place if mode == "none" else torch.device("cpu")), quantize)
             placement = Placement(place, mode)
-            placement.place(*parts.nets)
-        return cls(parts, weights=weights_mark(folder.path), placement=placement)
+            placement.place(*loaded.nets)
+        return cls(loaded, weights=folder.mark, placement=placement)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write a model folder that `from_pretrained` reads; `dtype` is that of the stored weights (default:
         as they are). What the second stage shares with the first is stored once."""
+        if quantize_mode(self.parts.keyframes) != "none":
+            raise SettingError("the weights are quantized; save what was loaded with quantize='none'")
         return save_parts(self.parts, Path(folder), dtype)
 
     @property
@@ -149,14 +158,15 @@ class CogVideoPipeline:
 
     def settings(self) -> dict[str, Any]:
         """Every effective setting, as JSON values."""
-        labels = self.parts.cluster_labels
-        return effective_settings(
+        labels, quantize = self.parts.cluster_labels, quantize_mode(self.parts.keyframes)
+        settings = effective_settings(
             self.plan,
             weights=self.weights,
             dtype=self.dtype,
             device=self.device,
             clusters=None if labels is None else clusters_mark(labels),
         )
+        return settings if quantize == "none" else settings | {"approximate": {"quantize": quantize}}
 
     def __call__(
         self,

@@ -39,13 +39,15 @@ from cogvideo_ar.config import (
     cogview2_dsr,
     cogview2_itersr,
 )
-from cogvideo_ar.parts import Parts, build, load_tokenizer
+from cogvideo_ar.part_paths import NONE, PartPaths
+from cogvideo_ar.parts import Parts, build, check_together, load_tokenizer
 from cogvideo_ar.sat_parallel import load_checkpoint
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import Table, convert, load_tensors
 from shared.errors import SettingError, WeightsError
+from shared.model_folder import combined_mark
 
 Tensors = Mapping[str, Tensor]
 STAGE_NAMES = ("cogvideo-stage1", "cogvideo-stage2")  # of the released folders
@@ -75,17 +77,31 @@ def _checkpoints(folder: Path) -> list[Path]:
 class SatFolder:
     """The released parts in `path`. Torch files are mapped, not read, until their numbers are used.
 
-    `stage1_path` and `stage2_path` name the checkpoints of the two stages where nothing else tells them
-    apart. WeightsError says what is missing, doubtful or does not fit.
+    `parts` name those that lie elsewhere, and the stages where nothing else tells them apart; without a
+    `path` there must be at least the stages, codec and text model. WeightsError says what is missing,
+    doubtful or does not fit.
     """
 
-    path: Path
-    stage1_path: Path | None = None
-    stage2_path: Path | None = None
+    path: Path | None
+    parts: PartPaths = NONE
 
-    def __post_init__(self) -> None:
-        if (self.stage1_path is None) != (self.stage2_path is None):
-            raise SettingError("stage1_path and stage2_path are given together or not at all")
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "the given parts" if self.path is None else str(self.path)
+
+    @property
+    def mark(self) -> str:
+        """16 hex digits that change with the weights."""
+        return combined_mark(self.path, self.parts.marked)
+
+    def check(self) -> None:
+        """WeightsError unless the parts that are given are what they are given for, and fit the others;
+        reads no weights."""
+        for name, path in self.parts.given.items():
+            if name in KINDS:
+                check_kind(name, path)
+        check_together(self.config)
 
     @cached_property
     def config(self) -> CogVideoConfig:
@@ -95,7 +111,7 @@ class SatFolder:
         except WeightsError:
             raise
         except (ValueError, TypeError, LookupError) as error:
-            raise WeightsError(f"the parts in {self.path} do not make a CogVideo: {error}") from error
+            raise WeightsError(f"the parts in {self.name} do not make a CogVideo: {error}") from error
 
     def _config(self) -> CogVideoConfig:
         released, vqvae = cogvideo(), codec_config(load_tensors(self.file(CODEC)))
@@ -104,12 +120,12 @@ class SatFolder:
         keyframes, interpolation = (
             stage_config(
                 load_checkpoint(folder, shapes_only=True),
-                _facts(folder),
+                read_facts(folder),
                 ids | {"pad_token": tokenizer["<pad>"]},
             )
             for folder in self.stages
         )
-        window = _facts(self.stages[1]).get("window_size", 0)
+        window = read_facts(self.stages[1]).get("window_size", 0)
         window = window if window > 0 else released.interpolation.window
         return CogVideoConfig(
             keyframes=keyframes,
@@ -123,22 +139,33 @@ class SatFolder:
     @cached_property
     def stages(self) -> tuple[Path, Path]:
         """The checkpoints of stage 1 and stage 2."""
-        if self.stage1_path is not None and self.stage2_path is not None:
-            return self.stage1_path, self.stage2_path
-        found = self._kinds.get("stage", [])
+        first, second = (
+            None if path is None else checkpoint_folder(path)
+            for path in (self.parts.stage1_path, self.parts.stage2_path)
+        )
+        if first is not None and second is not None:
+            return first, second
+        found = [path for path in self._kinds.get("stage", []) if path not in (first, second)]
+        if first is None and second is None:
+            return self._told_apart(found)
+        other = found[0] if len(found) == 1 else self._told_apart(found)[0 if first is None else 1]
+        return (first or other), (second or other)
+
+    def _told_apart(self, found: list[Path]) -> tuple[Path, Path]:
+        """Stage 1 and stage 2 among checkpoints that look alike."""
         if len(found) < 2:
             raise WeightsError(
-                f"{self.path} has {len(found)} checkpoints of CogVideo's stages, needed are two"
+                f"{self.name} has {len(found)} checkpoints of CogVideo's stages, needed are two"
             )
-        said = [f"cogvideo-stage{_facts(folder).get('cogvideo_stage')}" for folder in found]
+        said = [f"cogvideo-stage{read_facts(folder).get('cogvideo_stage')}" for folder in found]
         for known in (said, [folder.name for folder in found]):
             if all(known.count(name) == 1 for name in STAGE_NAMES):
                 first, second = (found[known.index(name)] for name in STAGE_NAMES)
                 return first, second
-        listed = ", ".join(str(folder.relative_to(self.path)) for folder in found)
+        listed = ", ".join(folder.name for folder in found)
         raise WeightsError(
-            f"which is stage 1? {listed} in {self.path} look alike, and no model_config.json says; "
-            f"name the folders {' and '.join(STAGE_NAMES)}, or convert with --stage1_path and --stage2_path"
+            f"which is stage 1? {listed} in {self.name} look alike, and no model_config.json says; "
+            f"name the folders {' and '.join(STAGE_NAMES)}, or give --stage1_path and --stage2_path"
         )
 
     @property
@@ -154,7 +181,18 @@ class SatFolder:
     @property
     def clusters_target(self) -> Path:
         """Where a table of token clusters belongs."""
+        if self.path is None:
+            raise SettingError("the given parts have no folder for a table of clusters; name a file")
         return self.path / CLUSTERS
+
+    @property
+    def text_model(self) -> Path:
+        """The text model."""
+        return self.file(TEXT_MODEL)
+
+    def codec(self) -> dict[str, Tensor]:
+        """The image codec's tensors, by our names."""
+        return convert(load_tensors(self.file(CODEC)), ICETK_VQVAE)
 
     def codebook(self) -> Tensor:
         """The image codec's codes [V, D], float32."""
@@ -171,11 +209,10 @@ class SatFolder:
             if name in own and torch.equal(base[name], own[name])
         }
         own = _moved({name: x for name, x in own.items() if name not in inherited}, dtype, device)
-        codec = convert(load_tensors(self.file(CODEC)), ICETK_VQVAE)
-        text_model = self.file(TEXT_MODEL)
+        text_model = self.text_model
         if self.clusters is None:
             warnings.warn(
-                f"{self.path} has no {CLUSTERS}: top_k counts single tokens, not clusters "
+                f"{self.name} has no {CLUSTERS}: top_k counts single tokens, not clusters "
                 "(the verb `clusters` makes a table)",
                 stacklevel=2,
             )
@@ -183,7 +220,7 @@ class SatFolder:
             config=config,
             keyframes=keyframes,
             interpolation=build(CogVideoTransformer, config.interpolation, inherited | own),
-            vqvae=build(VQVAE, config.vqvae, _moved(codec, torch.float32, device)),
+            vqvae=build(VQVAE, config.vqvae, _moved(self.codec(), torch.float32, device)),
             tokenizer=load_tokenizer(text_model, config.keyframes.num_image_tokens),
             text_model=text_model.read_bytes(),
             cluster_labels=self._clusters(config.keyframes.num_image_tokens),
@@ -192,21 +229,24 @@ class SatFolder:
         )
 
     def file(self, name: str) -> Path:
-        """A file of the folder or of one just below; WeightsError says what it is and where it comes from."""
-        found = self._find(name)
+        """The codec or the text model: as given, in the folder or in one just below; WeightsError says what
+        it is and where it comes from."""
+        found = (self.parts.codec_path if name == CODEC else self.parts.text_model_path) or self._find(name)
         if found is None:
-            raise WeightsError(f"{self.path} lacks {name} ({SOURCES[name]})")
+            flag = "--codec_path" if name == CODEC else "--text_model_path"
+            raise WeightsError(f"{self.name} lacks {name} ({SOURCES[name]}; {flag} says where it is)")
         return found
 
     def _find(self, name: str) -> Path | None:
-        return next(
-            (p for p in (self.path / name, *sorted(self.path.glob(f"*/{name}"))) if p.is_file()), None
-        )
+        if self.path is None:
+            return None
+        files = (self.path / name, *sorted(self.path.glob(f"*/{name}")))
+        return next((path for path in files if path.is_file()), None)
 
     @cached_property
     def _kinds(self) -> dict[str, list[Path]]:
         kinds: dict[str, list[Path]] = {}
-        for folder in _checkpoints(self.path):
+        for folder in [] if self.path is None else _checkpoints(self.path):
             kinds.setdefault(checkpoint_kind(load_checkpoint(folder, shapes_only=True)), []).append(folder)
         return kinds
 
@@ -216,16 +256,20 @@ class SatFolder:
 
     def _fine(self, kind: str) -> Path | None:
         """The checkpoint of super-resolution of this kind."""
+        given = self.parts.super_resolution_path if kind == "direct" else self.parts.refinement_path
+        if given is not None:
+            return checkpoint_folder(given)
         found = self._kinds.get(kind, [])
         if len(found) > 1:
-            raise WeightsError(f"{self.path} has several super-resolution checkpoints: {found}; leave one")
+            listed = ", ".join(map(str, found))
+            raise WeightsError(f"{self.name} has several super-resolution checkpoints: {listed}; leave one")
         return found[0] if found else None
 
     def _fine_config(self, kind: str, ids: Mapping[str, int]) -> SuperResolutionConfig | None:
         folder = self._fine(kind)
         if folder is None:
             return None
-        return fine_config(load_checkpoint(folder, shapes_only=True), _facts(folder), ids)
+        return fine_config(load_checkpoint(folder, shapes_only=True), read_facts(folder), ids)
 
     def _load_fine(
         self, config: SuperResolutionConfig | None, table: Table, dtype: torch.dtype, device: torch.device
@@ -238,6 +282,48 @@ class SatFolder:
 
 
 # ---- what tensors say
+
+OTHER_FAMILY = ("model.diffusion_model.", "transformer_blocks.", "encoder.down_blocks.", "t5.")
+KINDS = {  # of the parts that are nets
+    **{name: "stage" for name in ("stage1_path", "stage2_path")},
+    **{"codec_path": "codec", "super_resolution_path": "direct", "refinement_path": "iterative"},
+}
+_KIND_WORDS = {
+    "stage": "a stage of CogVideo",
+    "codec": "the image codec",
+    "direct": "direct super-resolution",
+    "iterative": "iterative super-resolution",
+}
+
+
+def check_kind(flag: str, path: Path) -> Tensors:
+    """The tensors of a released part, mapped; WeightsError unless they are what the flag is for."""
+    if is_own(path):
+        raise WeightsError(
+            f"--{flag}: {path} is a part of this project, the others are released ones; write them as a "
+            "model folder first (cogvideo-ar convert --model_path FOLDER --output_path MODEL)"
+        )
+    tensors = load_checkpoint(checkpoint_folder(path), shapes_only=True)
+    found = "codec" if "quantize.embed.weight" in tensors else checkpoint_kind(tensors)
+    if found != KINDS[flag]:
+        what = "a part of CogVideoX" if any(n.startswith(OTHER_FAMILY) for n in tensors) else ""
+        what = what or _KIND_WORDS.get(found) or f"no known part ({', '.join(sorted(tensors)[:3])})"
+        right = next((f"; nearest: --{name}" for name, kind in KINDS.items() if kind == found), "")
+        raise WeightsError(f"--{flag} takes {_KIND_WORDS[KINDS[flag]]}; {path} is {what}{right}")
+    return tensors
+
+
+def is_own(path: Path) -> bool:
+    """Whether a part is of this project's form."""
+    return path.suffix == ".safetensors" or (path / "config.json").is_file()
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder with `latest`, if `path` holds just one such."""
+    if not path.is_dir() or (path / "latest").is_file():
+        return path
+    found = _checkpoints(path)
+    return found[0] if len(found) == 1 else path
 
 
 def checkpoint_kind(tensors: Tensors) -> str:
@@ -331,9 +417,9 @@ def _square(length: int) -> tuple[int, int]:
 # ---- files
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
     """model_config.json of a checkpoint; empty where there is none."""
-    path = folder / "model_config.json"
+    path = checkpoint_folder(folder) / "model_config.json"
     if not path.is_file():
         return {}
     try:

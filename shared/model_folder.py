@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,27 @@ def needed(path: Path) -> Path:
 
 
 def weights_mark(folder: Path) -> str:
-    """16 hex digits that change with any file but documents: names, sizes, first and last MiB of each."""
+    """16 hex digits that change with any file but documents: names, sizes, first and last MiB of each.
+    `folder` may be a single file."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+    inside = [folder] if folder.is_file() else folder.rglob("*")
+    for path in sorted(path for path in inside if path.is_file() and path.suffix != ".md"):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)} {size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(MARK_BYTES))
             file.seek(max(size - MARK_BYTES, 0))
             digest.update(file.read(MARK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def combined_mark(folder: Path | None, parts: Mapping[str, Path]) -> str:
+    """That of a model folder, or, where parts lie elsewhere, of all of them together."""
+    if folder is not None and not parts:
+        return weights_mark(folder)
+    digest = hashlib.sha256()
+    for name, path in {**({} if folder is None else {"": folder}), **parts}.items():
+        digest.update(f"{name} {weights_mark(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogvideo_ar.part_paths import PartPaths, add_part_flags, chosen_parts
 from shared.config_cli import override_all
 from shared.errors import SettingError
 from shared.generation_cli import Item, Order, add_generation_flags, read_prompts, run_generation
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="prompts in the model's language: a .tsv or .json table PROMPT -> TRANSLATION")
     parser.add_argument("--offload", choices=("none", "model", "sequential", "auto"), default="none",
                         help="weights wait on the CPU: none, nets, or their blocks; changes no token")
+    parser.add_argument("--quantize", choices=("none", "int8", "fp8"), default="none",
+                        help="NOT exact: weights in 8 bits, by torchao (extra quant)")
+    add_part_flags(parser)
 # fmt: on
 
 
@@ -70,11 +74,12 @@ def run(options: argparse.Namespace) -> None:
     from cogvideo_ar.memory import resolve_offload
     from cogvideo_ar.options import resolve
     from cogvideo_ar.pipeline import CogVideoPipeline, effective_settings
-    from shared.model_folder import weights_mark
     from shared.protocol import GenerationRequest
+    from shared.quantize import check_quantize
     from shared.runtime import parse_device, parse_dtype, spare_threads
 
-    folder = open_folder(options.model_path)
+    pointed = chosen_parts(options)
+    folder = open_folder(options.model_path, pointed)
     sampling, wishes = override_all(folder.config.sampling, options.set), _wishes(options)
     config = replace(folder.config, sampling=sampling)
     plan = resolve(config, wishes)
@@ -88,21 +93,31 @@ def run(options: argparse.Namespace) -> None:
     offload, why = resolve_offload(options.offload, config, plan, dtype, device)
     settings = effective_settings(
         plan,
-        weights=weights_mark(folder.path),
+        weights=folder.mark,
         dtype=dtype,
         device=device,
         clusters=None if clusters is None else clusters_mark(clusters),
     )
+    check_quantize(options.quantize)
+    if options.quantize != "none":
+        settings["approximate"] = {"quantize": options.quantize}
 
     def load() -> CogVideoPipeline:
-        pipeline = CogVideoPipeline.from_pretrained(folder.path, dtype=dtype, device=device, offload=offload)
+        pipeline = CogVideoPipeline.from_pretrained(
+            options.model_path,
+            dtype=dtype,
+            device=device,
+            offload=offload,
+            quantize=options.quantize,
+            parts=pointed,
+        )
         if options.offload != "none" and not (options.quiet or options.json):
             sys.stderr.write(f"memory: offload {offload}{why and f' ({why})'}\n")
         spare_threads(pipeline.parts.keyframes)
         return pipeline.configured(wishes, sampling, given=given, clusters=clusters)
 
     order: dict[str, Any] = {"command": options.command, "settings": settings, "load": load}
-    order |= {"image": image, "inputs": _described(options, image, video)}
+    order |= {"image": image, "inputs": _described(options, image, video) | _told(pointed)}
     if translation is None:
         run_generation(Order(**order), options)
     else:
@@ -160,6 +175,17 @@ def _clusters(options: argparse.Namespace, folder: ModelFolder) -> Tensor | None
     size = folder.config.keyframes.num_image_tokens
     path = options.clusters or folder.clusters
     return None if path is None else read_clusters(path, size)
+
+
+def _told(parts: PartPaths) -> dict[str, Any]:
+    """Where parts lie that the model's folder has not, and what they are."""
+    from shared.model_folder import weights_mark
+
+    marked = parts.marked
+    found = {
+        name: {"path": str(path), "mark": weights_mark(marked[name])} for name, path in parts.given.items()
+    }
+    return {"parts": found} if found else {}
 
 
 def _described(options: argparse.Namespace, image: Tensor | None, video: Video | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
+from cogvideo_ar.part_paths import add_part_flags, chosen_parts, refuse_parts
 from shared.config_cli import override_all, pick
 from shared.errors import SettingError
 from shared.plan_cli import Planned, Rung, add_plan_flags, planned_device, run_plan
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", choices=("none", "model", "sequential"), default="none",
                         help="weights wait on the CPU: nets, or their blocks")
     parser.add_argument("--text_len", type=int, help="tokens of the prompt (default: as in training)")
+    add_part_flags(parser)
 # fmt: on
 
 
@@ -92,8 +94,11 @@ def _model(options: argparse.Namespace) -> tuple[CogVideoConfig, torch.dtype, st
     from cogvideo_ar.formats import open_folder
 
     if options.preset is None:
-        folder = open_folder(options.model_path)
-        return folder.config, folder.dtype, str(options.model_path)
+        parts = chosen_parts(options)
+        folder = open_folder(options.model_path, parts)
+        named = options.model_path if folder.path is not None else parts.stage1_path
+        return folder.config, folder.dtype, str(named)
+    refuse_parts(options, "a preset has no files; leave --preset out")
     config = pick("preset", options.preset, PRESETS)()
     if options.preset == "cogvideo":
         return replace(config, super_resolution=cogview2_dsr()), torch.float16, options.preset

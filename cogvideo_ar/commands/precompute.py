@@ -34,7 +34,6 @@ def run(options: argparse.Namespace) -> int:
     from shared.clips.dataset import read_clips
     from shared.clips.precompute import tell
     from shared.generation_cli import check_writable
-    from shared.model_folder import weights_mark
     from shared.runtime import parse_device
 
     folder = open_folder(options.model_path)
@@ -48,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     check_writable(options.output_path)
     clips = read_clips(options.input_path, must_exist=False)
     content = precompute(
-        clips, reader, partial(load_encoders, folder, device), {"encoder": weights_mark(folder.path)},
+        clips, reader, partial(load_encoders, folder, device), {"encoder": folder.mark},
         options.output_path, per_shard=options.clips_per_shard, num_workers=options.num_workers,
         quiet=options.quiet or options.json,
     )  # fmt: skip

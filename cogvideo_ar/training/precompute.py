@@ -17,19 +17,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cogvideo_ar.checkpoints import ICETK_VQVAE
 from cogvideo_ar.config import CogVideoConfig
-from cogvideo_ar.formats import ModelFolder, OwnFolder
+from cogvideo_ar.formats import ModelFolder
 from cogvideo_ar.layout import PromptTokenizer, pad_text, prompt_tokens
 from cogvideo_ar.options import PIXELS_PER_TOKEN, key_rate, known_durations
 from cogvideo_ar.parts import build, load_tokenizer
-from cogvideo_ar.sat_layout import CODEC, TEXT_MODEL
 from cogvideo_ar.vqvae import VQVAE
-from shared.checkpoints import convert, load_tensors
 from shared.clips.dataset import SLACK, Clip, Extent, even_count, even_indices, read_frames
 from shared.clips.precompute import ShardReader, plan_clips, precompute_clips, read_index, write_index
 from shared.errors import BatchError, SettingError
-from shared.model_folder import needed
 from shared.runtime import spare_threads
 from shared.transforms import fit_video
 from shared.video import Video
@@ -133,17 +129,11 @@ class Encoders:
 
 def load_encoders(folder: ModelFolder, device: torch.device) -> Encoders:
     """Those of a model, without its transformers; the codec in float32."""
-    if isinstance(folder, OwnFolder):
-        tensors = load_tensors(needed(folder.path / "vqvae.safetensors"))
-        text_model = needed(folder.path / TEXT_MODEL)
-    else:
-        tensors = convert(load_tensors(folder.file(CODEC)), ICETK_VQVAE)
-        text_model = folder.file(TEXT_MODEL)
-    config = folder.config
+    config, tensors = folder.config, folder.codec()
     whole = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
     vqvae = build(VQVAE, config.vqvae, whole).to(device)
     spare_threads(vqvae)
-    tokenizer = load_tokenizer(text_model, config.keyframes.num_image_tokens)
+    tokenizer = load_tokenizer(folder.text_model, config.keyframes.num_image_tokens)
     return Encoders(vqvae=vqvae, texts=Texts(config=config, tokenizer=tokenizer))
 
 

@@ -40,7 +40,6 @@ from shared.checkpoints import load_into
 from shared.clips.dataset import read_clips
 from shared.clips.precompute import INDEX, read_index
 from shared.errors import SettingError, WeightsError
-from shared.model_folder import weights_mark
 from shared.training import Logs, Objective, TrainConfig, recipe_of, train
 from shared.training_parallel import ALONE, Strategy, whole_state
 
@@ -107,7 +106,7 @@ class Job:
         wanted = (self.net.num_frames, *(side * PIXELS_PER_TOKEN for side in self.net.grid))
         if got != wanted:
             raise SettingError(f"{self.data} has (frames, height, width) {got}, the model {wanted}")
-        if settings["encoder"] != weights_mark(self.folder.path):
+        if settings["encoder"] != self.folder.mark:
             warnings.warn(
                 f"{self.data} was made with other weights: it is right only if their image codec and text "
                 "model are this model's",
@@ -127,7 +126,7 @@ def tune(job: Job) -> Path:
     parts = job.folder.load(job.folder.dtype, torch.device("cpu"))
     model = trainable(getattr(parts, NETS[job.stage]), job.channels, start=job.start, seed=job.train.seed)
     said = {
-        "model": weights_mark(job.folder.path),
+        "model": job.folder.mark,
         "stage": job.stage,
         "clips": samples.marks,
         "batch": job.batch,
@@ -230,7 +229,7 @@ def _prepared(job: Job) -> tuple[StageSamples, Texts]:
         )
         precompute(
             read_clips(job.data, must_exist=False), reader, partial(load_encoders, job.folder, device),
-            {"encoder": weights_mark(job.folder.path)}, folder, num_workers=job.num_workers, quiet=job.quiet,
+            {"encoder": job.folder.mark}, folder, num_workers=job.num_workers, quiet=job.quiet,
         )  # fmt: skip
     job.strategy.wait()
     found = TokenSamples(folder)

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,23 +20,20 @@ from cogvideo_ar.formats import convert_folder, export_folder, open_folder
 from cogvideo_ar.generation import GreedySampler, StageSamplers
 from cogvideo_ar.keyframes import generate_first_frames
 from cogvideo_ar.options import Options
+from cogvideo_ar.part_paths import PartPaths
 from cogvideo_ar.parts import load_parts
 from cogvideo_ar.pipeline import CogVideoPipeline
 from cogvideo_ar.sat_export import save_sat
 from cogvideo_ar.sat_layout import SatFolder, checkpoint_kind, codec_config, fine_config, stage_config
 from shared.checkpoints import convert, load_tensors
 from shared.errors import OutputPathError, SettingError, WeightsError
-from shared.tokenizers.sentencepiece_training import PieceIds, train_text_model
+from tests.cogvideo_ar.released_parts import NUM_IMAGE_TOKENS, RECORDED, START, TABLE, write_released
 from tests.parity.recorded import case_folder, read_json, read_tensors
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore:.*has no cluster_label2.npy"),
 ]
-RECORDED = case_folder("cogvideo_ar")
-TABLE = read_json(RECORDED / "tokenizer_table.json")
-NUM_IMAGE_TOKENS = TABLE["num_image_tokens"]
-START = NUM_IMAGE_TOKENS + TABLE["table"].index("<start_of_image>")
 CPU = torch.device("cpu")
 
 
@@ -53,26 +49,7 @@ class TableTokenizer:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("released")
-    shutil.copytree(RECORDED / "sat_checkpoints", folder, dirs_exist_ok=True)
-    codec = {
-        name: x.float()
-        for name, x in read_tensors(case_folder("icetk") / "vqvae_weights.safetensors").items()
-    }
-    for name in ("quantize.embed.weight", "quantize.embed_avg", "quantize.cluster_size"):
-        repeats = -(-NUM_IMAGE_TOKENS // len(codec[name]))
-        codec[name] = torch.cat([codec[name]] * repeats)[:NUM_IMAGE_TOKENS].clone()
-    torch.save({"module": codec}, folder / "ice_image.pt")
-    symbols = TABLE["table"][: TABLE["table"].index("<start_of_chinese>") + 1]
-    train_text_model(
-        ["a b c"] * 9,
-        folder / "ice_text.model",
-        vocab_size=len(symbols) + 5,
-        ids=PieceIds(unk=len(symbols), bos=-1, eos=-1, pad=symbols.index("<pad>")),
-        user_defined_symbols=symbols[1:],
-    )
-    np.save(folder / "cluster_label2.npy", np.arange(NUM_IMAGE_TOKENS) % 7)
-    return folder
+    return write_released(tmp_path_factory.mktemp("released"))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +162,7 @@ def test_stages_that_nothing_tells_apart(released: Path, tmp_path: Path):
     folder = edited(released, tmp_path / "a", same)
     with pytest.raises(WeightsError, match=r"first, second .*--stage1_path and --stage2_path"):
         open_folder(folder).config  # noqa: B018 - reading it is the test
-    named = SatFolder(folder, folder / "second", folder / "first")
+    named = SatFolder(folder, PartPaths(stage1_path=folder / "second", stage2_path=folder / "first"))
     assert named.config == open_folder(released).config
     (folder / "second").rename(folder / "cogvideo-stage1")
     (folder / "first").rename(folder / "cogvideo-stage2")
