@@ -160,13 +160,14 @@ def notes(
     found = [*unequal_videos(films)]
     if suite.window is not None:
         found.append(f"every video is measured through one window: {suite.window.words}")
-    found += [*missing_videos(suite, films), *mixed_machines(films)]
+    found += [*made_elsewhere(films), *missing_videos(suite, films), *mixed_machines(films)]
     found += [
         f"{name}: {metric} refused: {reason}"
         for name, row in rows.items()
         for metric, reason in row.refused.items()
     ]
-    found += [f"failed: {item}: {reason}" for item, reason in failed.items()]
+    if failed:
+        found.append(f"{left_out(failed)}; each is listed with its reason under “Left out”")
     if suite.num_prompts < FEW_PROMPTS:
         found.append(
             f"{suite.num_prompts} prompts show how the models behave, not which is better: intervals are "
@@ -174,6 +175,25 @@ def notes(
         )
     if not suite.warm_up:
         found.append("no warm-up: the first video of each model carries one-time costs in its seconds")
+    return found
+
+
+def left_out(failed: Mapping[str, str]) -> str:
+    """How many items no number rests on."""
+    are = "item is" if len(failed) == 1 else "items are"
+    return f"{len(failed):,} {are} damaged or failed, and left out of every number"
+
+
+def made_elsewhere(films: Mapping[str, Films]) -> list[str]:
+    """Imported videos are measured as their files show them."""
+    found = []
+    for name, sidecars in films.items():
+        kinds = sorted({kind for s in sidecars for kind in s.get("settings", {}).get("container", ())})
+        if any(s.get("settings", {}).get("family") == "external" for s in sidecars):
+            found.append(
+                f"{name}: made elsewhere, read from {', '.join(kinds)}; its seconds are those of reading, "
+                "and what a lossy file lost is in its numbers"
+            )
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import wording
+from benchmarks.elsewhere import imported_tables
 from benchmarks.metrics import METRICS
 
 Results = Mapping[str, Any]
@@ -37,6 +38,11 @@ def latex(results: Results) -> str:
     if rows := stage_rows(results):
         caption = "Cost of one video, mean seconds and greatest peak of each stage."
         parts.append(table(["Model", "Stage", "Seconds", "Peak memory", "Rate"], rows, caption))
+    for one in imported_tables(results):
+        caption = (
+            f"Measured elsewhere, not comparable with the other tables. {one.title}. {' '.join(one.facts)}"
+        )
+        parts.append(table(list(one.header), one.rows, caption))
     return "\n\n".join(parts) + "\n"
 
 

@@ -10,9 +10,10 @@ import jinja2
 from markupsafe import Markup
 
 from benchmarks import media, plots, wording
+from benchmarks.elsewhere import imported_tables
 from benchmarks.evaluation import TRUTH, finished_videos
 from benchmarks.expected import CPU
-from benchmarks.fairness import multiple_comparisons
+from benchmarks.fairness import left_out, multiple_comparisons
 from benchmarks.metrics import METRICS, RefusedError
 from benchmarks.metrics.prompt_accuracy import wanted_attributes
 from benchmarks.published import PUBLISHED
@@ -51,6 +52,8 @@ def render_page(folder: RunFolder, results: Results, descriptions: Mapping[str, 
         recipes=results["recipe"]["metrics"],
         together=multiple_comparisons(results["differences"]),
         skipped=wording.skipped(results),
+        imported=imported_tables(results),
+        left_out=left_out(results["failed"]) if results["failed"] else "",
         published=PUBLISHED,
         cpu=CPU,
         columns=[*models, *results["references"]],

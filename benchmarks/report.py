@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import wording
+from benchmarks.elsewhere import imported_tables
 from benchmarks.evaluation import evaluate
 from benchmarks.features.files import FeatureFiles
 from benchmarks.latex import latex
@@ -84,6 +85,12 @@ def markdown(results: Results) -> str:
         "## Stages of one video",
         stage_table(results),
         *(["## What the cost model expects", cost_table(results)] if has_costs(results) else []),
+        *(
+            ["## Measured elsewhere, on these videos", imported_section(results)]
+            if imported_tables(results)
+            else []
+        ),
+        *(["## Left out", failed_table(results)] if results["failed"] else []),
         *(["## Skipped", skipped_list(results)] if results["skipped"] else []),
         "## Notes",
         "\n".join(f"- {note}" for note in results["notes"]) or "None.",
@@ -163,6 +170,24 @@ def cost_table(results: Results) -> str:
     first = next(cost for row in results["models"].values() for cost in row["cost_model"].values())
     devices = [f"least seconds, {name}" for name in first["least_seconds"]]
     return table(["model", "stage", "in turn", "work", "weights", "cache", "held at once", *devices], rows)
+
+
+def imported_section(results: Results) -> str:
+    """Imported scores, one table for each protocol."""
+    parts = []
+    for one in imported_tables(results):
+        parts += [
+            f"### {one.title}",
+            " ".join(one.facts),
+            table(list(one.header), [list(r) for r in one.rows]),
+        ]
+        parts += ["\n".join(f"- {finding}" for finding in one.findings)] if one.findings else []
+    return "\n\n".join(parts)
+
+
+def failed_table(results: Results) -> str:
+    """Damaged and failed items, each with its reason."""
+    return table(["item", "reason"], [[item, reason] for item, reason in results["failed"].items()])
 
 
 def skipped_list(results: Results) -> str:
