@@ -28,6 +28,7 @@ from shared.video import Video
 from shared.video_io import read_video
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
+COUNTLESS = {"matroska", "webm"}  # formats that tell their duration, but not how many frames they have
 PROMPT_FILES = ("prompts.csv", "prompts.jsonl", "prompts.json", "prompts.txt")
 
 
@@ -91,16 +92,25 @@ class ImportedVideos:
 def read_whole(path: Path) -> Video:
     """All frames of a video; UserError where the file announces more than can be read."""
     video = read_video(path)
-    announced = 0
-    if path.is_file():
-        try:
-            with av.open(path) as container:
-                announced = container.streams.video[0].frames
-        except (FFmpegError, OSError) as error:
-            raise UserError(f"cannot read the video {path}: {error}") from error
-    if video.num_frames < announced:
+    announced, slack = _announced(path) if path.is_file() else (0, 0)
+    if video.num_frames < announced - slack:
         raise UserError(f"{path} is cut short: {video.num_frames} of {announced} frames can be read")
     return video
+
+
+def _announced(path: Path) -> tuple[int, int]:
+    """How many frames the file's head promises, 0 where it does not say, and how far that may be off."""
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            if stream.frames or not COUNTLESS & {*container.format.name.split(",")}:
+                return stream.frames, 0
+            if len(container.streams) > 1 or not container.duration or not stream.average_rate:
+                return 0, 0  # the duration may be that of the sound
+            # some writers leave the last frame's duration out
+            return round(stream.average_rate * container.duration / av.time_base), 1
+    except (FFmpegError, OSError) as error:
+        raise UserError(f"cannot read the video {path}: {error}") from error
 
 
 def read_folder(folder: Path, prompt_file: Path | None = None) -> list[Made]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.imports import ImportedVideos, read_folder
+from benchmarks.imports import ImportedVideos, read_folder, read_whole
 from benchmarks.metrics.base import RefusedError
 from benchmarks.storage import read_json
 from benchmarks.suites import Suite, items, suite_from
@@ -106,6 +106,17 @@ def test_a_video_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) * 3 // 5] + bytes(len(whole) - len(whole) * 3 // 5))
     with pytest.raises(UserError):
         ImportedVideos.open(tmp_path).generate(GenerationRequest(prompt="red"))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.8])
+def test_a_lossless_video_that_is_cut_short_is_refused(tmp_path: Path, share: float) -> None:
+    """Matroska counts no frames, and what is left of such a file can be decoded."""
+    path = write_video(video(RED), tmp_path / "red.mkv")
+    assert read_whole(path).num_frames == video(RED).num_frames
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=r"cut short|no frames|cannot read"):
+        read_whole(path)
 
 
 def test_the_verb_makes_a_run_and_a_suite(videos: Path, tmp_path: Path) -> None:
