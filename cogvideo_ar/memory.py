@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from torch import nn
 
 from cogvideo_ar.config import CogVideoConfig
 from cogvideo_ar.costs import stage_costs
 from cogvideo_ar.options import Plan
+from cogvideo_ar.parts import Parts
 from shared.costs import most_memory
 from shared.errors import OutOfMemoryError
 from shared.memory import free_bytes, in_words
 from shared.offload import OFFLOADS, OffloadMode, check_offload
+from shared.quantize import QuantizeMode, quantize
 
 ON_CPU = "the CPU computes where weights wait"
 
@@ -41,6 +44,23 @@ def resolve_offload(
     raise OutOfMemoryError(
         f"{stage.name} needs about {in_words(peak)}, {in_words(free)} are free; try {first}{then}"
     )
+
+
+def quantized(parts: Parts, mode: QuantizeMode) -> Parts:
+    """The transformers' blocks in 8 bits, in place; the image codec is small. What both stages share they
+    still do. Not exact: other tokens are drawn."""
+    if mode == "none":
+        return parts
+    first, second = (
+        {name: part for name, part in net.named_modules() if isinstance(part, nn.Linear)}
+        for net in (parts.keyframes, parts.interpolation)
+    )
+    same = [name for name in first if name in second and second[name].weight is first[name].weight]
+    for net in parts.nets[:-1]:
+        quantize(net, mode)
+    for name in same:
+        second[name].weight = first[name].weight
+    return parts
 
 
 def advice(

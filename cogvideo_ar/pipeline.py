@@ -107,7 +107,9 @@ class CogVideoPipeline:
         with memory_stage(
             "loading", lambda: advice("loading", offload=mode, dtype=chosen, plan=plan, on_cpu=on_cpu)
         ):
-            loaded = quantized(folder.load(chosen, place if mode == "none" else torch.device("cpu")), quantize)
+            loaded = quantized(
+                folder.load(chosen, place if mode == "none" else torch.device("cpu")), quantize
+            )
             placement = Placement(place, mode)
             placement.place(*loaded.nets)
         return cls(loaded, weights=folder.mark, placement=placement)

@@ -42,7 +42,7 @@ from shared.errors import SettingError
 from shared.memory import memory_stage
 from shared.offload import OffloadMode, Placement
 from shared.protocol import GenerationRequest, GenerationResult
-from shared.quantize import QuantizeMode, is_quantized, quantize
+from shared.quantize import QuantizeMode, is_quantized, quantize, quantize_mode
 from shared.runtime import parse_device, parse_dtype
 from shared.video import Video
 
@@ -229,7 +229,9 @@ class CogVideoXPipeline:
         size, vae = self.config.geometry, self.config.vae
         native = {name: getattr(size, name) for name in ("num_frames", "height", "width", "fps")}
         call = native | {"negative_prompt": ""} | to_plain(self.config.sampling)
-        scales = lora.adapter_scales(self.parts.transformer)
+        scales, bits = lora.adapter_scales(self.parts.transformer), quantize_mode(self.parts.transformer)
+        planned = {} if plan is None else plan.settings()
+        left_out = planned.get("approximate", {}) | ({} if bits == "none" else {"quantize": bits})
         return {
             "family": "cogvideox_diff",
             "dtype": str(self.engine.dtype).removeprefix("torch."),
@@ -237,7 +239,8 @@ class CogVideoXPipeline:
             "tiled": self.engine.tiled,
             "encode_frames": vae.encode_frames,
             "decode_latents": vae.decode_latents,
-            **(call if plan is None else plan.settings()),
+            **(planned or call),
+            **({"approximate": left_out} if left_out else {}),
             **({"lora": scales} if scales else {}),
         }
 

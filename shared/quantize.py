@@ -53,6 +53,15 @@ def is_quantized(net: nn.Module) -> bool:
     return any(hasattr(x, "__tensor_flatten__") for x in net.parameters())
 
 
+def quantize_mode(net: nn.Module) -> QuantizeMode:
+    """What `quantize` made of `net`."""
+    for x in net.parameters():
+        if hasattr(x, "__tensor_flatten__"):
+            inner = [getattr(x, name) for name in x.__tensor_flatten__()[0]]  # type: ignore[operator]
+            return "int8" if any(part.dtype == torch.int8 for part in inner) else "fp8"
+    return "none"
+
+
 def quantized_bytes(block: nn.Module, dtype: torch.dtype, mode: QuantizeMode) -> int:
     """What `block` will take in `dtype` with its matrices in `mode`."""
     weights = Weights.of([block])
