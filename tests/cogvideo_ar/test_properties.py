@@ -27,7 +27,17 @@ from cogvideo_ar.layout import (
 from cogvideo_ar.sampling import CogLMSampler, guide
 from cogvideo_ar.slot_attention import SlotAttention
 from cogvideo_ar.wavefront import generate_tokens_in_waves
-from tests.cogvideo_ar.tiny import NUM_IMAGE_TOKENS, configs, tiny_config, visible, wild_model
+from tests.cogvideo_ar.tiny import (
+    NUM_IMAGE_TOKENS,
+    configs,
+    extents,
+    grids,
+    kind_of,
+    tiny_config,
+    visible,
+    wild_model,
+    windows,
+)
 
 KINDS = ("full", "window", "local")
 LAYOUTS = st.sampled_from([image_layout, keyframe_layout, interpolation_layout])
@@ -64,7 +74,7 @@ def texts_of(text_len: int, padding: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@quick(12)
+@quick(15)
 @given(data=st.data(), make=LAYOUTS, text_len=st.integers(1, 3), layer=st.integers(0, 1))
 def test_a_sequence_sees_all_that_it_should_and_nothing_else(kind, data, make, text_len, layer):
     config = data.draw(configs(kind))
@@ -81,7 +91,7 @@ def test_a_sequence_sees_all_that_it_should_and_nothing_else(kind, data, make, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@quick(12)
+@quick(15)
 @given(data=st.data(), make=LAYOUTS, text_len=st.integers(1, 4), layer=st.integers(0, 1))
 def test_a_step_sees_all_that_it_should_and_nothing_else(kind, data, make, text_len, layer):
     """Also with room for less text than there is, as in the released caches: what is beyond is not seen."""
@@ -132,13 +142,16 @@ def random_given(layout: SequenceLayout, rows: int) -> Tensor:
 
 
 def random_texts(draw: st.DrawFn, rows: int) -> list[list[int]]:
-    pieces = st.lists(st.integers(NUM_IMAGE_TOKENS, 39), min_size=1, max_size=4)
+    pieces = st.lists(st.integers(NUM_IMAGE_TOKENS, 39), min_size=1, max_size=8)
     return draw(st.lists(pieces, min_size=rows, max_size=rows))
 
 
 @st.composite
-def runs(draw: st.DrawFn, kind: str):
-    """A model, a layout, texts and given frames, and the options of a generation in the sane form."""
+def runs(draw: st.DrawFn, preset: str):
+    """A model of a preset's stage in any size, a layout, texts and given frames, and the options of a
+    generation in the sane form."""
+    stage = draw(st.sampled_from(["keyframes", "interpolation"]))
+    kind = getattr(PRESETS[preset](), stage).temporal
     config, rows = draw(configs(kind)), draw(st.integers(1, 2))
     alpha = draw(st.sampled_from([None, 2.5]))
     texts = random_texts(draw, rows * (1 if alpha is None else 2))
@@ -147,12 +160,12 @@ def runs(draw: st.DrawFn, kind: str):
     return wild_model(config), layout, texts, random_given(layout, rows), options
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@quick(10)
+@pytest.mark.parametrize("preset", PRESETS)
+@quick(15)
 @given(data=st.data())
 @torch.inference_mode()
-def test_cached_logits_are_those_of_the_whole_sequence(kind, data):
-    model, layout, texts, given_frames, options = data.draw(runs(kind))
+def test_cached_logits_are_those_of_the_whole_sequence(preset, data):
+    model, layout, texts, given_frames, options = data.draw(runs(preset))
     seen: list[Tensor] = []
 
     def sample(logits: Tensor, number: int) -> Tensor:
@@ -172,12 +185,12 @@ def test_cached_logits_are_those_of_the_whole_sequence(kind, data):
     torch.testing.assert_close(torch.stack(seen, 1), logits, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@quick(10)
+@pytest.mark.parametrize("preset", PRESETS)
+@quick(15)
 @given(data=st.data(), release=st.booleans())
-def test_waves_give_the_tokens_of_one_at_a_time(kind, data, release):
+def test_waves_give_the_tokens_of_one_at_a_time(preset, data, release):
     """The same random numbers; the release's oddities change nothing about it."""
-    model, layout, texts, given_frames, options = data.draw(runs(kind))
+    model, layout, texts, given_frames, options = data.draw(runs(preset))
     targets = (layout.num_frames - layout.num_given) * layout.frame_len
     generator = torch.Generator().manual_seed(1)
     uniforms = torch.rand(len(given_frames), targets, 2, generator=generator, dtype=torch.float64)
@@ -199,7 +212,7 @@ class Characters:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@quick(6)
+@quick(10)
 @given(data=st.data(), alpha=st.sampled_from([1.0, 2.5]), num_frames=st.sampled_from([3, 5, 9]))
 def test_all_gaps_of_a_round_are_filled_as_one_by_one(kind, data, alpha, num_frames):
     config = data.draw(configs(kind).filter(lambda config: config.num_frames == 5))
@@ -225,33 +238,38 @@ def test_all_gaps_of_a_round_are_filled_as_one_by_one(kind, data, alpha, num_fra
     assert torch.equal(videos[0], videos[1]) and torch.equal(videos[0][:, ::2], frames)
 
 
-# ---- the presets, made small
+# ---- the presets' whole videos, in any size
 
 
-def shrunk(config: TransformerConfig) -> TransformerConfig:
-    """The same kinds of layers and reach, relative to the frame, on 4 x 4 slots."""
-    rows, columns = config.grid
-    window = config.window * 4 // rows
-    near = tuple(
-        max(1, -(-limit * 4 // side)) for limit, side in zip(config.extent[1:], config.grid, strict=True)
+@st.composite
+def reshaped(draw: st.DrawFn, preset: CogVideoConfig) -> tuple[TransformerConfig, TransformerConfig]:
+    """Both stages with the preset's kinds of channels, over one drawn frame size."""
+    stages = preset.keyframes, preset.interpolation
+    window = draw(windows()) if any(stage.temporal == "window" for stage in stages) else 0
+    sizes = {"grid": draw(grids(window)), "num_layers": draw(st.integers(1, 3)), "image_position_offset": 20}
+    first, second = (
+        tiny_config(**sizes, num_frames=num_frames, **kind_of(stage.temporal, window=window, extent=extent))
+        for stage, num_frames, extent in zip(
+            stages, (draw(st.sampled_from([3, 5])), 5), (draw(extents()), draw(extents())), strict=True
+        )
     )
-    extent = (config.extent[0], *near) if config.temporal == "local" else (0, 0, 0)
-    assert rows == columns
-    return tiny_config(temporal=config.temporal, window=window, extent=extent, image_position_offset=20)
+    return first, second
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_presets_video_does_not_depend_on_how_it_is_scheduled(name: str):
+@quick(12)
+@given(data=st.data(), prompts=st.lists(st.text("ab", min_size=1, max_size=9), min_size=1, max_size=2))
+def test_a_presets_video_does_not_depend_on_how_it_is_scheduled(name, data, prompts):
     """Key frames and a round, sampled in the sane form: together, and one slot and one gap at a time."""
     preset: CogVideoConfig = PRESETS[name]()
     sampling = replace(preset.sampling, compat="exact", default=CogLMConfig(top_k=3), max_batch=64)
     samplers = build_samplers(sampling, torch.arange(NUM_IMAGE_TOKENS) % 7)
-    stage1, stage2 = (wild_model(shrunk(part)) for part in (preset.keyframes, preset.interpolation))
-    first = torch.zeros(2, 1, 16, dtype=torch.long)
+    stage1, stage2 = (wild_model(part) for part in data.draw(reshaped(preset)))
+    first = torch.zeros(len(prompts), 1, stage1.config.frame_len, dtype=torch.long)
 
     def video(config: SamplingConfig) -> Tensor:
-        generators = [torch.Generator().manual_seed(i) for i in range(2)]
-        arguments = (Characters(), ["ab", "a"], config, samplers, generators)
+        generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+        arguments = (Characters(), prompts, config, samplers, generators)
         frames = generate_keyframes(stage1, *arguments, first)
         return interpolate_round(stage2, *arguments, frames, duration=2.0)
 
