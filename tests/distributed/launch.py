@@ -1,8 +1,12 @@
-"""Run a function on several gloo processes of this machine, and never wait for ever. Not a test file."""
+"""Run a function or a program on several gloo processes of this machine, and never wait for ever. Not a test
+file."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -14,6 +18,18 @@ import torch
 from shared.distributed import Launch, ParallelContext, started
 
 Worker = Callable[[ParallelContext], Any]
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def run_program(*words: object, processes: int = 1) -> str:
+    """What `python -m WORDS` says on stdout, by itself or under torchrun, if it ends well."""
+    launcher = (*TORCHRUN, str(processes)) if processes > 1 else ()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, "-m", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def run_ranks(worker: Worker, folder: Path, *, world_size: int = 2, timeout: float = 180) -> list[Any]:
