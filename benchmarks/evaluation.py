@@ -82,7 +82,8 @@ class Measured:
 
 
 def evaluate(folder: RunFolder, files: FeatureFiles | None = None) -> dict[str, Any]:
-    """Measure a run: the content of results.json, with per-item values under "items". `files` are used
+    """Measure a run: the content of results.json, with per-item values under "items" and what distances of
+    sets rest on under "sets". `files` are used
     instead of those that the suite names.
 
     Items whose frames are damaged are left out and listed under "failed". SettingError: the folder is no run.
@@ -117,6 +118,7 @@ def evaluate(folder: RunFolder, files: FeatureFiles | None = None) -> dict[str, 
         "failed": failed,
         "skipped": tools.skipped,
         "items": {name: per_item(row) for name, row in rows.items()},
+        "sets": {name: per_set(row) for name, row in rows.items()},
     }
 
 
@@ -294,6 +296,12 @@ def recipe(suite: Suite, index: dict[str, Any], metrics: dict[str, Metric]) -> d
         "metrics": {name: {"id": metric.recipe_id, **asdict(metric)} for name, metric in metrics.items()},
         "environment": index["environment"],
     }  # fmt: skip
+
+
+def per_set(row: Measured) -> dict[str, dict[str, Any]]:
+    """Metric of a set -> what its difference from another run's value needs."""
+    texts = {item["prompt_index"]: item["prompt"] for item in row.items.values()}
+    return {name: score.saved(texts) for name, score in row.sets.items()}
 
 
 def per_item(row: Measured) -> dict[str, dict[str, Any]]:

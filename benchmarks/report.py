@@ -20,7 +20,7 @@ from benchmarks.storage import RunFolder, read_imported, read_json, state
 from shared.files import atomic_path, write_json
 
 Results = Mapping[str, Any]
-REPORTS = ("results.json", "per_item.json", "report.md", "report.tex", "report.html")
+REPORTS = ("results.json", "per_item.json", "sets.json", "report.md", "report.tex", "report.html")
 
 
 def write_reports(
@@ -46,10 +46,12 @@ def write_reports(
 
 
 def write_results(folder: RunFolder, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """results.json, and every item's values beside it in per_item.json; returns the former's content."""
-    results = {name: value for name, value in measured.items() if name != "items"}
+    """results.json, and beside it every item's values in per_item.json and the replicates of the distances in
+    sets.json; returns the former's content."""
+    results = {name: value for name, value in measured.items() if name not in ("items", "sets")}
     write_json(folder.path / "results.json", results)
     write_json(folder.path / "per_item.json", measured["items"])
+    write_json(folder.path / "sets.json", measured["sets"])
     return results
 
 

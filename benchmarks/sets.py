@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.features.extractors import Extractor
-from benchmarks.metrics import RefusedError
+from benchmarks.metrics import RefusedError, digest
 from benchmarks.metrics.distances import SCORE_SEED, SET_METRICS, SetMetric
 from benchmarks.statistics import Interval, Jackknife, jackknife
+from benchmarks.storage import frames_digest
 from shared.errors import WeightsError
 from shared.video import Video
 
@@ -26,11 +28,14 @@ class VideoSet:
     name: str
     features: dict[str, Features] = field(default_factory=dict)
     kinds: set[tuple[float, int]] = field(default_factory=set)  # (fps, frames)
+    frames: dict[int, str] = field(default_factory=dict)  # prompt index -> checksum of the video that counts
     refused: dict[str, str] = field(default_factory=dict)  # by net
 
     def add(self, nets: Mapping[str, Extractor], prompt_index: int, video: Video) -> None:
         """The first video of a prompt counts; a net that cannot take one is out for the whole set."""
         self.kinds.add((video.fps, video.num_frames))
+        if nets and prompt_index not in self.frames:
+            self.frames[prompt_index] = frames_digest(video)
         for net, extract in nets.items():
             found = self.features.setdefault(net, {})
             if prompt_index in found or net in self.refused:
@@ -54,6 +59,7 @@ class SetScore:
     metric: SetMetric
     prompts: tuple[int, ...]
     statistic: Callable[[NDArray[np.int64]], float]  # of places in `prompts`
+    reference: str = ""  # digest of the clips that it was measured against
 
     @cached_property
     def replicates(self) -> Jackknife:
@@ -61,6 +67,17 @@ class SetScore:
 
     def interval(self) -> Interval:
         return self.replicates.interval()
+
+    def saved(self, texts: Mapping[int, str]) -> dict[str, Any]:
+        """All that a paired difference from another run's value needs, as JSON; `texts` are the prompts."""
+        made = self.replicates
+        return {
+            "prompts": [texts[index] for index in self.prompts],
+            "reference": self.reference,
+            "value": made.value,
+            "without": made.without.tolist(),
+            "shares": made.shares.tolist(),
+        }
 
     def minus(self, other: SetScore) -> Interval:
         """The difference on the same prompts. RefusedError where they differ: a distance falls with N."""
@@ -102,8 +119,41 @@ def score(metric: SetMetric, made: VideoSet, reference: VideoSet | None) -> SetS
     check_kinds(made, reference)
     first_ND, second_ND = stacked(own, prompts), stacked(other, prompts)
     return SetScore(
-        metric=metric, prompts=prompts, statistic=lambda i: metric.value(first_ND[i], second_ND[i], i)
+        metric=metric,
+        prompts=prompts,
+        statistic=lambda i: metric.value(first_ND[i], second_ND[i], i),
+        reference=digest([reference.frames.get(index) for index in prompts])[:16],
     )
+
+
+def saved_difference(
+    first: Mapping[str, Any], second: Mapping[str, Any], *, same_reference: bool
+) -> Interval:
+    """The difference of two values as `SetScore.saved` keeps them, group by group of the same prompts.
+
+    RefusedError where the prompts differ, since a distance depends on their number and kind, or the reference
+    does, where it must be the same for both."""
+    if first["prompts"] != second["prompts"]:
+        counts = f"{len(first['prompts'])} and {len(second['prompts'])}"
+        raise RefusedError(
+            f"one number for a set, and the sets show other prompts ({counts} videos): run both with the "
+            "same prompts"
+        )
+    if same_reference and first["reference"] != second["reference"]:
+        raise RefusedError(
+            f"measured against other true clips ({first['reference']}, {second['reference']}): run both with "
+            "the same seed"
+        )
+    scores = [
+        Jackknife(
+            value=one["value"],
+            without=np.asarray(one["without"]),
+            shares=np.asarray(one["shares"]),
+            n=len(one["prompts"]),
+        )
+        for one in (first, second)
+    ]
+    return scores[0].minus(scores[1]).interval()
 
 
 def stacked(features: Features, prompts: tuple[int, ...]) -> NDArray[np.float64]:

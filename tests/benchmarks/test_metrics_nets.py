@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.__main__ import main
+from benchmarks.comparison import compare
 from benchmarks.evaluation import evaluate
 from benchmarks.features.clip import ClipScorer
 from benchmarks.features.extractors import extractors
@@ -20,7 +21,8 @@ from benchmarks.features.fixed import ConvolutionStack, stack_input
 from benchmarks.features.instruments import load_instruments
 from benchmarks.features.lpips import LAYERS, load_lpips
 from benchmarks.metrics import METRICS, RefusedError
-from benchmarks.report import markdown, up_to_date, write_reports
+from benchmarks.metrics.distances import SET_METRICS
+from benchmarks.report import markdown, up_to_date, write_reports, write_results
 from benchmarks.runner import run_suite
 from benchmarks.storage import RunFolder, read_json
 from benchmarks.suites import Suite
@@ -302,6 +304,48 @@ def test_distances_are_compared_on_the_same_prompts(measured: dict) -> None:
     values = [models[name]["metrics"]["frechet/fixed"]["value"] for name in SUITE.models]
     assert entry["n"] == 20 and entry["value"] == pytest.approx(values[0] - values[1])
     assert any("tested together (Holm)" in note for note in measured["notes"])
+
+
+def kept(path: Path, measured: dict) -> RunFolder:
+    """The run's reports for programs, in a folder of their own."""
+    write_results(RunFolder(path=path), measured)
+    return RunFolder(path=path)
+
+
+def test_distances_of_two_runs_are_compared_as_within_one(measured: dict, tmp_path: Path) -> None:
+    """ "good" of one run against "poor" of another: the same difference and interval as in a common run."""
+    parts = [
+        {**measured, **{part: {name: measured[part][name]} for part in ("models", "items", "sets")}}
+        for name in SUITE.models
+    ]
+    first, second = (kept(tmp_path / str(i), part) for i, part in enumerate(parts))
+    found = {entry["metric"]: entry for entry in compare(first, second)}
+    together = {entry["metric"]: entry for entry in measured["differences"]}
+    asked = [name for name in SET_METRICS if name in together]
+    assert {"fvd/videogpt", "frechet/fixed/codec", "kid/fixed", "inception_score"} < set(asked)
+    for name in asked:
+        for end in ("value", "low", "high", "n"):
+            assert found[name][end] == pytest.approx(together[name][end]), (name, end)
+        assert found[name]["verdict"] == together[name]["verdict"]
+
+
+def test_distances_of_unlike_sets_are_refused_with_the_way_out(measured: dict, tmp_path: Path) -> None:
+    whole = kept(tmp_path / "whole", measured)
+    changes = {
+        "other prompts": {"prompts": ["a circle"] * 20},
+        "other true clips": {"reference": "0" * 16},
+    }
+    for words, change in changes.items():
+        sets = {
+            model: {name: {**saved, **change} for name, saved in scores.items()}
+            for model, scores in measured["sets"].items()
+        }
+        other = kept(tmp_path / words, {**measured, "sets": sets})
+        entry = next(e for e in compare(whole, other) if e["metric"] == "fvd/videogpt")
+        assert words in entry["refused"] and "run both with the same" in entry["refused"]
+    (whole.path / "sets.json").unlink()
+    entry = next(e for e in compare(whole, other) if e["metric"] == "fvd/videogpt")
+    assert "`report` it again" in entry["refused"]
 
 
 def test_without_files_the_report_says_what_is_missing(finished_run: RunFolder) -> None:

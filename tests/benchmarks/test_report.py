@@ -86,7 +86,7 @@ def test_numbers_are_those_of_the_fakes(reported: RunFolder) -> None:
 
 def test_measuring_again_gives_the_same_reports(finished_run: RunFolder, reported: RunFolder) -> None:
     write_reports(finished_run, {"good": "draws what is asked"})
-    for name in ("results.json", "per_item.json", "report.md", "report.tex", "report.html"):
+    for name in ("results.json", "per_item.json", "sets.json", "report.md", "report.tex", "report.html"):
         assert (finished_run.path / name).read_bytes() == (reported.path / name).read_bytes()
 
 
