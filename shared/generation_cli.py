@@ -231,6 +231,8 @@ def run_generation(order: Order, options: argparse.Namespace) -> None:
         finally:
             if in_folder and made.records:
                 _write_index(options.output_path, order, made)
+    elif in_folder and not _index_names(options.output_path, made):  # killed after the last video
+        _write_index(options.output_path, order, made)
     _raise_for(made, len(items))
     content = {"ok": True, "exit_code": 0, "settings": order.settings, "items": made.records}
     say(options, content, [record["path"] for record in made.records])
@@ -343,6 +345,15 @@ def _with_progress(
 def _write_index(folder: Path, order: Order, made: _Made) -> None:
     content = {"command": shlex.join(order.command), "version": version(), "settings": order.settings}
     write_json(folder / INDEX, content | {"items": made.records})
+
+
+def _index_names(folder: Path, made: _Made) -> bool:
+    """Does the run's index name all that is there?"""
+    try:
+        items = json.loads((folder / INDEX).read_text(encoding="utf-8"))["items"]
+        return {item["path"] for item in items} >= {record["path"] for record in made.records}
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _raise_for(made: _Made, total: int) -> None:
