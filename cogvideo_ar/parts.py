@@ -31,7 +31,7 @@ from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import load_into, load_tensors, save_tensors
 from shared.config_io import from_plain, save_config
 from shared.errors import WeightsError
-from shared.files import atomic_path
+from shared.files import atomic_path, remove_leftovers
 from shared.model_folder import FORMAT, needed, read_model_header, without_memory
 from shared.runtime import parse_dtype
 from shared.tokenizers.icetk import IceTokenizer
@@ -168,6 +168,8 @@ def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> 
     }
     files = {"keyframes": base, "interpolation": own, "vqvae": parts.vqvae.state_dict()}
     files |= {name: net.state_dict() for name in FINE_STAGES if (net := getattr(parts, name)) is not None}
+    remove_leftovers(folder)
+    (folder / "config.json").unlink(missing_ok=True)  # while files are replaced, the folder is not whole
     for name, tensors in files.items():
         save_tensors(_stored(tensors, dtype), folder / f"{name}.safetensors")
     if parts.cluster_labels is not None:

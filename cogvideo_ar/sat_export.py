@@ -25,7 +25,7 @@ from cogvideo_ar.sat_layout import (
 )
 from shared.checkpoints import Table, invert
 from shared.errors import SettingError, WeightsError
-from shared.files import atomic_path, write_json
+from shared.files import atomic_path, remove_leftovers, write_json
 from shared.torch_files import save_torch
 
 FINE_NAMES = {"direct": "cogview2-dsr", "iterative": "cogview2-itersr"}
@@ -46,6 +46,10 @@ def save_sat(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> Pa
     ]
     codec = invert(parts.vqvae.state_dict(), ICETK_VQVAE)
     _check("vqvae", parts.config.vqvae, lambda: codec_config(codec))
+    for name, *_ in (*stages, *fine):  # while files are replaced, no checkpoint is whole
+        for place in (folder, folder / name, folder / name / "release"):
+            remove_leftovers(place)
+        (folder / name / "latest").unlink(missing_ok=True)
     for name, facts, tensors in (*stages, *fine):
         _write_checkpoint(folder / name, facts, tensors, dtype or parts.dtype)
     _save({name: x.float() for name, x in codec.items()}, folder / CODEC)

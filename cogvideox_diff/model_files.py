@@ -33,7 +33,7 @@ from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import DtypeOf, convert, invert, load_into, load_tensors, save_tensors
 from shared.config_io import save_config
 from shared.errors import SettingError, WeightsError
-from shared.files import write_json
+from shared.files import atomic_path, remove_leftovers, write_json
 from shared.model_folder import without_memory
 
 if TYPE_CHECKING:
@@ -143,7 +143,11 @@ def write_model(
     `stored` is the type on disk (None: as given), `run` the one to compute in. The configuration comes last,
     so a folder that has one is whole. SettingError where the layout cannot hold the model."""
     check_layout(layout, config)
+    header = folder / (OUR_CONFIG if layout == "ours" else FOREIGN_CONFIG)
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    for path in (header, folder / DIFFUSERS_INDEX):
+        path.unlink(missing_ok=True)  # while files are replaced, the folder is not whole
     for part in PARTS:
         tensors = {name: x for name, x in tensors_of(part).items() if name != EMBED}
         if stored is not None:
@@ -152,8 +156,8 @@ def write_model(
         del tensors  # before the next part is read
     _write_settings(folder, layout, config)
     copy_tokenizer(tokenizer, folder / (TEXT_FOLDER if layout == "sat" else TOKENIZER))
-    header = OUR_CONFIG if layout == "ours" else FOREIGN_CONFIG
-    save_config(config, folder / header, family=FAMILY, format=FORMAT, dtype=run)
+    with atomic_path(header) as temporary:
+        save_config(config, temporary, family=FAMILY, format=FORMAT, dtype=run)
     if layout == "diffusers":
         write_json(folder / DIFFUSERS_INDEX, pipeline_index(config))
 

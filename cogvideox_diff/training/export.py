@@ -56,7 +56,8 @@ def write_image_to_video(run: Run, parts: Parts, config: CogVideoXConfig, folder
     assert model is not None
     save_delta(model, parts.transformer.state_dict(), target)
     own = replace(config, transformer=model.config)
-    save_config(own, target / OUR_CONFIG, family=FAMILY, format=FORMAT, dtype="float32", base="..")
+    with atomic_path(target / OUR_CONFIG) as temporary:
+        save_config(own, temporary, family=FAMILY, format=FORMAT, dtype="float32", base="..")
     nets = {"patch embedding": list(model.patch_embed.parameters()), "adapter": lora_parameters(model)}
     card = model_card(
         "CogVideoX demo weights, image to video",
