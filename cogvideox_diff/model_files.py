@@ -146,7 +146,7 @@ def write_model(
     header = folder / (OUR_CONFIG if layout == "ours" else FOREIGN_CONFIG)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
-    for path in (header, folder / DIFFUSERS_INDEX):
+    for path in (header, *([folder / DIFFUSERS_INDEX] if layout == "diffusers" else [])):
         path.unlink(missing_ok=True)  # while files are replaced, the folder is not whole
     for part in PARTS:
         tensors = {name: x for name, x in tensors_of(part).items() if name != EMBED}
