@@ -23,10 +23,9 @@ from cogvideo_ar.parts import Parts
 from cogvideo_ar.super_resolution.direct import build_direct_sampler, enlarge_videos
 from cogvideo_ar.super_resolution.iterative import build_pass_samplers, refine_videos, refined_cells
 from cogvideo_ar.vqvae import VQVAE
-from shared.errors import OutputCheckError
 from shared.memory import memory_stage
 from shared.offload import Placement
-from shared.runtime import StageTimer, check_finite, finite_outputs, generator
+from shared.runtime import StageTimer, check_finite, generator, located
 from shared.video import Video
 
 CODEC_FRAMES = 16  # that pass the image codec together
@@ -49,8 +48,12 @@ class VQVAECodec:
     def decode(self, codes: Tensor, fps: float) -> Video:
         """Codes [T, h, w] -> frames; OutputCheckError where they are not finite."""
         parts = codes.to(self._device).split(CODEC_FRAMES)
-        chunks = [self.model.decode(part, PIXELS_PER_TOKEN) for part in parts]
-        pixels_TCHW = check_finite("decoded frames", torch.cat(chunks))
+
+        def run() -> Tensor:
+            chunks = [self.model.decode(part, PIXELS_PER_TOKEN) for part in parts]
+            return check_finite("decoded frames", torch.cat(chunks))
+
+        pixels_TCHW = located(self.model, run, "vqvae")
         return Video.from_pixels(pixels_TCHW.transpose(0, 1), fps)  # [T, C, H, W] -> [C, T, H, W]
 
     @property
@@ -136,14 +139,14 @@ def _tokens(parts: Parts, codec: VQVAECodec, job: Job) -> Tensor:
 
     if not num_given:
         with job.stage("model/first_frame", parts.keyframes, unit="tokens", units=frame_units):
-            frames_BMS = _located(parts.keyframes, first)
+            frames_BMS = located(parts.keyframes, first, "keyframes")
     if missing:
         with job.stage("model/keyframes", parts.keyframes, unit="tokens", units=missing * frame_units):
-            frames_BMS = _located(parts.keyframes, keys)
+            frames_BMS = located(parts.keyframes, keys, "keyframes")
     if plan.num_rounds:
         units = job.size * (plan.num_frames - plan.num_keyframes) * parts.config.keyframes.frame_len
         with job.stage("model/interpolation", parts.interpolation, unit="tokens", units=units):
-            frames_BMS = _located(parts.interpolation, between)
+            frames_BMS = located(parts.interpolation, between, "interpolation")
     return frames_BMS.unflatten(2, parts.config.keyframes.grid)
 
 
@@ -177,7 +180,7 @@ def _enlarged(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
 
     units = job.size * job.plan.num_frames * model.config.fine_len
     with job.stage("model/super_resolution", model, unit="tokens", units=units):
-        return _located(model, enlarge).unflatten(2, model.config.fine_grid)
+        return located(model, enlarge, "super_resolution").unflatten(2, model.config.fine_grid)
 
 
 def _refined(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ def _refined(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
 
     units = job.size * job.plan.num_frames * cells
     with job.stage("model/refinement", model, unit="tokens", units=units):
-        return _located(model, refine).unflatten(2, model.config.fine_grid)
+        return located(model, refine, "refinement").unflatten(2, model.config.fine_grid)
 
 
 class _Watched:
@@ -215,13 +218,3 @@ def _watched(samplers: StageSamplers, count: Callable[[float], None]) -> StageSa
     return StageSamplers(
         first_frame=_Watched(samplers.first_frame, count), default=_Watched(samplers.default, count)
     )
-
-
-def _located(model: nn.Module, stage: Callable[[], Tensor]) -> Tensor:
-    """The stage's result; if its numbers are not finite, it runs again to name the first bad module."""
-    try:
-        return stage()
-    except OutputCheckError:
-        with finite_outputs(model):
-            stage()
-        raise

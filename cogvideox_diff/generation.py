@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from shared.memory import memory_stage
 from shared.offload import Placement
 from shared.protocol import StageStats
 from shared.quantize import is_quantized
-from shared.runtime import Stage, StageTimer, check_finite, generator
+from shared.runtime import Stage, StageTimer, check_finite, generator, located
 from shared.tokenizers.t5 import T5Tokenizer
 from shared.video import Video
 
@@ -197,14 +197,18 @@ class Engine:
         if unknown := [prompt for prompt in wanted if prompt not in self._known]:
             with self.placement.computing(encoder := self.text_encoder()):
                 for prompt in unknown:
-                    features, tails = encode_prompts(encoder, self.tokenizer, [prompt])
-                    self._known[prompt] = check_finite("text features", features)[0].cpu(), tails[0]
+                    self._known[prompt] = located(encoder, partial(self._encoded, prompt), "text_encoder")
             if self.placement.mode != "none" and self.read_text_encoder is not None:
                 self.release_text_encoder()
         for prompt in wanted:
             self._known.move_to_end(prompt)
         while unknown and len(self._known) > max(KEPT_PROMPTS, len(wanted)):
             self._known.popitem(last=False)
+
+    def _encoded(self, prompt: str) -> tuple[Tensor, str]:
+        """Features [L, D] on the CPU, and the end of the prompt that did not fit."""
+        features, tails = encode_prompts(self.parts.text_encoder, self.tokenizer, [prompt])
+        return check_finite("text features", features)[0].cpu(), tails[0]
 
     def text_encoder(self) -> T5TextEncoder:
         """The text encoder, read again if its memory was given back."""
@@ -236,8 +240,14 @@ class Engine:
         frames = pixels.shape[2]
         shape = ((frames - 1) // self.config.vae.time_factor + 1, *self._latent_frame(plan))
         noise = draw_noise(shape, [item.random("posterior") for item in items])
-        with self.placement.computing(self.parts.vae):
-            z = conditioning.encode(self.parts.vae, pixels, noise, tiled=self.tiled, sliced=self.sliced)
+        vae = self.parts.vae
+
+        def run() -> Tensor:
+            z = conditioning.encode(vae, pixels, noise, tiled=self.tiled, sliced=self.sliced)
+            return check_finite("encoded frames", z)
+
+        with self.placement.computing(vae):
+            z = located(vae, run, "vae")
         if plan.task == "i2v":
             return conditioning.image_latents(z, self.config, plan.geometry), frames * len(items)
         return conditioning.clean_latents(z, self.config, plan.geometry.padding), frames * len(items)
@@ -298,9 +308,14 @@ class Engine:
             )
 
     def _decode(self, latents: Tensor) -> Tensor:
-        with self.placement.computing(self.parts.vae):
-            frames = conditioning.decode(self.parts.vae, latents, tiled=self.tiled, sliced=self.sliced)
+        vae = self.parts.vae
+
+        def run() -> Tensor:
+            frames = conditioning.decode(vae, latents, tiled=self.tiled, sliced=self.sliced)
             return check_finite("decoded frames", frames)
+
+        with self.placement.computing(vae):
+            return located(vae, run, "vae")
 
 
 def _pixels(item: Item, plan: Plan) -> Tensor:

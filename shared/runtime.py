@@ -6,10 +6,11 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from shared.errors import OutputCheckError, SettingError
 from shared.protocol import StageStats
 
 THREADS_PAY_FROM = 50_000_000  # parameters
+T = TypeVar("T")
 
 DTYPES = {
     "float32": torch.float32,
@@ -79,9 +81,10 @@ def check_finite(name: str, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def finite_outputs(model: nn.Module) -> Iterator[None]:
-    """Check every module's output within the block, so that the first bad module is named. It waits for the
-    device after every module: for finding a fault, not for production."""
+def finite_outputs(model: nn.Module, net: str = "") -> Iterator[None]:
+    """Check every module's output within the block, so that the first bad module is named, behind the name of
+    its net. It waits for the device after every module: for finding a fault, not for production."""
+    front = f"{net}." if net else ""
 
     def check(name: str, output: object) -> None:
         for x in output if isinstance(output, tuple | list) else (output,):
@@ -91,12 +94,23 @@ def finite_outputs(model: nn.Module) -> Iterator[None]:
     def hook(name: str):
         return lambda module, inputs, output: check(name, output)
 
-    handles = [module.register_forward_hook(hook(name or "model")) for name, module in model.named_modules()]
+    named = [(f"{front}{name}" if name else net or "model", part) for name, part in model.named_modules()]
+    handles = [part.register_forward_hook(hook(name)) for name, part in named]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def located(model: nn.Module, run: Callable[[], T], net: str = "") -> T:
+    """run(); if that finds numbers that are not finite, it runs again to name the first bad module."""
+    try:
+        return run()
+    except OutputCheckError:
+        with finite_outputs(model, net):
+            run()
+        raise
 
 
 # ---- cost

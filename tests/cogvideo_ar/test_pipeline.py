@@ -319,7 +319,7 @@ def test_numbers_that_are_not_finite_name_their_module(tmp_path: Path):
     broken = CogVideoPipeline(tiny_parts(tmp_path))
     weights = broken.parts.keyframes.blocks[1].mlp.up.weight
     weights.data[0, 0] = float("nan")
-    with pytest.raises(OutputCheckError, match=r"^blocks\.1\.mlp\.up: .*NaN"):
+    with pytest.raises(OutputCheckError, match=r"^keyframes\.blocks\.1\.mlp\.up: .*NaN"):
         broken(PROMPT)
 
 
