@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.energy import energy_meter
+
 
 @lru_cache(maxsize=1)
 def environment() -> dict[str, Any]:
@@ -22,6 +24,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "energy": ", ".join(counter.name for counter in energy_meter().counters) or "not reported",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.claims import Claims
+from benchmarks.energy import energy_meter
 from benchmarks.environment import environment
 from benchmarks.metrics import diagnostics, digest
 from benchmarks.storage import (
@@ -223,13 +224,14 @@ def frames_task(desk: Desk, target: Path, name: str, item: tuple[str, str], make
 
 
 def generate(bench: Bench, item: Item) -> None:
-    result, seconds = timed_generation(bench.generator, item)
+    (result, seconds), joules = energy_meter().measured(lambda: timed_generation(bench.generator, item))
     sidecar = {
         **asdict(item),
         "model": bench.model,
         "settings_hash": item_hash(bench.settings_hash, item),
         "settings": bench.settings,
         "seconds": seconds,
+        "joules": joules,
         "stages": {name: to_plain(stats) for name, stats in result.stages.items()},
         "environment": environment(),
     }

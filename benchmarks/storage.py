@@ -9,7 +9,6 @@ The sidecar is written last: an item is finished when it is there.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,10 +19,11 @@ from typing import Any
 from benchmarks.metrics.base import digest
 from shared.errors import SettingError, UserError
 from shared.files import write_json
+from shared.json_files import read_object
 from shared.video import Video
 from shared.video_io import read_video, write_video
 
-TIMED_METRICS = ("seconds_per_video",)
+TIMED_METRICS = ("seconds_per_video", "joules_per_video")
 TIMED_KEYS = ("state",)
 
 
@@ -71,10 +71,7 @@ def folder_name(model: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SettingError(f"cannot read {path}: {error}") from error
+    return read_object(path, SettingError)
 
 
 def save_item(folder: Path, name: str, video: Video, sidecar: dict[str, Any], *, film: bool = True) -> None:

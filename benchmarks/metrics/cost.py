@@ -15,12 +15,23 @@ METRICS = (
         unit="s",
         better="lower",
     ),
+    Metric(
+        name="joules_per_video",
+        title="Energy per video",
+        recipe="joules by which the machine's own counters (RAPL packages and memory, NVML) rose during one "
+        "generate() call: all that the machine did meanwhile",
+        unit="J",
+        better="lower",
+    ),
 )
 
 
 def measure(sidecar: Mapping[str, Any]) -> dict[str, float]:
-    """Cost of one finished video."""
-    return {"seconds_per_video": float(sidecar["seconds"])}
+    """Cost of one finished video; its energy where the machine counted it."""
+    found = {"seconds_per_video": float(sidecar["seconds"])}
+    if joules := sidecar.get("joules"):
+        found["joules_per_video"] = float(sum(joules.values()))
+    return found
 
 
 def stages(sidecars: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
