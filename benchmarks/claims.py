@@ -21,7 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from shared.errors import SettingError
 from shared.files import running, write_json
+from shared.json_files import read_object
 
 LEASE = 60.0  # seconds without a sign of life, by the shared folder's own clock, after which work is redone
 BEATS = 6  # signs of life per lease
@@ -151,6 +153,6 @@ def machine() -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path, SettingError)
+    except SettingError:
         return {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from av.error import FFmpegError
 from benchmarks.suites import Suite
 from benchmarks.windows import Window
 from shared.errors import SettingError, UserError
+from shared.json_files import parse_json, read_object
 from shared.protocol import GenerationRequest, GenerationResult
 from shared.video import Video
 from shared.video_io import read_video
@@ -140,9 +140,9 @@ def _read_prompts(source: Path, files: list[Path]) -> dict[str, str]:
             case ".csv":
                 rows: list[dict[str, str]] = list(csv.DictReader(text.splitlines()))
             case ".jsonl":
-                rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+                rows = [parse_json(line) for line in text.splitlines() if line.strip()]
             case ".json":
-                plain = json.loads(text)
+                plain = parse_json(text)
                 rows = (
                     plain if isinstance(plain, list) else [{"file": f, "prompt": p} for f, p in plain.items()]
                 )
@@ -154,7 +154,9 @@ def _read_prompts(source: Path, files: list[Path]) -> dict[str, str]:
             case other:
                 raise SettingError(f"prompts are read from .csv, .json, .jsonl or .txt, got {other!r}")
         return {Path(row.get("file") or row["video"]).name: row["prompt"].strip() for row in rows}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except SettingError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
         raise SettingError(f"cannot read prompts from {source}: {error}") from error
     except (KeyError, AttributeError, TypeError) as error:
         raise SettingError(f"{source}: every row needs file and prompt; {error!r}") from error
@@ -165,8 +167,8 @@ def _own_prompt(path: Path) -> str:
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
         try:
-            return str(json.loads(sidecar.read_text(encoding="utf-8"))["prompt"]).strip()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return str(read_object(sidecar, SettingError)["prompt"]).strip()
+        except KeyError as error:
             raise SettingError(f"{sidecar} does not tell the prompt: {error!r}") from error
     return re.sub(r"-\d+$", "", path.stem).strip()
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from benchmarks.windows import Window
 from shared.clips import shapes
 from shared.config_cli import pick
+from shared.config_io import check_type
 from shared.errors import SettingError
+from shared.json_files import read_object
 
 FOLDER = Path(__file__).parent / "suites"
 SPLITS = ("heldout", "train")
@@ -111,10 +112,7 @@ def suite_names() -> list[str]:
 def load_suite(name: str) -> Suite:
     """A suite of the package by name, or any other by the path of its JSON file."""
     path = Path(name) if name.endswith(".json") else FOLDER / f"{one_of('suite', name, suite_names())}.json"
-    try:
-        return suite_from(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SettingError(f"cannot read the suite {path}: {error}") from error
+    return suite_from(read_object(path, SettingError))
 
 
 def suite_from(plain: dict[str, Any]) -> Suite:
@@ -124,11 +122,28 @@ def suite_from(plain: dict[str, Any]) -> Suite:
     if missing := {"name", "models"} - plain.keys():
         raise SettingError(f"a suite needs {' and '.join(sorted(missing))}")
     values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in plain.items()}
-    if values.get("window") is not None:
+    if isinstance(values.get("window"), dict):
         values["window"] = Window.from_plain(values["window"])
-    if "translations" in values:
-        values["translations"] = {name: tuple(texts) for name, texts in values["translations"].items()}
-    return Suite(**values)
+    try:
+        for name, hint in get_type_hints(Suite).items():
+            if name in values:
+                check_type(hint, values[name], name)
+        for name in ("translations", "languages"):
+            values[name] = {key: _texts(name, value) for key, value in values.get(name, {}).items()}
+        return Suite(**values)
+    except SettingError:
+        raise
+    except ValueError as error:
+        raise SettingError(f"suite: {error}") from error
+
+
+def _texts(name: str, value: Any) -> str | tuple[str, ...]:
+    """A text of `languages`, the texts of `translations`."""
+    texts = tuple(value) if isinstance(value, list) else (value,)
+    check_type(tuple[str, ...], texts, name)
+    if isinstance(value, list) != (name == "translations"):
+        raise ValueError(f"{name} must be {'lists of texts' if name == 'translations' else 'texts'}")
+    return texts if isinstance(value, list) else value
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.metrics.base import RefusedError
+from shared.config_io import check_type
 from shared.errors import SettingError
 from shared.video import Video
+
+LARGEST = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,10 @@ class Window:
 
     def __post_init__(self) -> None:
         for name in ("seconds", "fps", "height", "width"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"window: {name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < LARGEST:
+                raise SettingError(
+                    f"window: {name} must be positive and below {LARGEST:g}, got {getattr(self, name)}"
+                )
         if self.num_frames < 1:
             raise SettingError(f"window: {self.seconds:g} s at {self.fps:g} fps hold no frame")
 
@@ -49,6 +54,11 @@ class Window:
         """From the `window` of a suite's JSON."""
         if plain.keys() != {"seconds", "fps", "height", "width"}:
             raise SettingError(f"a window has seconds, fps, height and width; got {', '.join(plain)}")
+        try:
+            for name, hint in get_type_hints(Window).items():
+                check_type(hint, plain[name], f"window: {name}")
+        except ValueError as error:
+            raise SettingError(str(error)) from error
         return Window(**plain)
 
     @staticmethod

@@ -16,7 +16,6 @@ comes from `model_config.json` (heads, frame layout, window of stage 2) or else 
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -47,6 +46,7 @@ from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import Table, convert, load_tensors
 from shared.errors import SettingError, WeightsError
+from shared.json_files import read_object
 from shared.model_folder import combined_mark
 
 Tensors = Mapping[str, Tensor]
@@ -422,13 +422,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     path = checkpoint_folder(folder) / "model_config.json"
     if not path.is_file():
         return {}
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
-    if not isinstance(facts, dict):
-        raise WeightsError(f"{path} is not a JSON object")
-    return facts
+    return read_object(path, WeightsError)
 
 
 def _moved(tensors: Tensors, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from shared.errors import SettingError
+from shared.json_files import parse_json
 
 CHINESE = "CJK"
 
@@ -69,7 +69,7 @@ def read_translation(path: str | Path) -> Translation:
 
 def _from_json(text: str, path: Path) -> dict[str, str]:
     try:
-        plain = json.loads(text)
+        plain = parse_json(text)
     except ValueError as error:
         raise SettingError(f"{path} is not JSON: {error}") from error
     if not isinstance(plain, dict) or not all(isinstance(x, str) and x.strip() for x in plain.values()):

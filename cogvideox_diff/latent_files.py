@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from torch import Tensor
 
 from cogvideox_diff.config import CogVideoXConfig
 from shared.checkpoints import load_metadata, load_tensors, save_tensors
+from shared.config_io import check_type
 from shared.errors import OutputPathError, SettingError
+from shared.json_files import parse_json
 
 Kind = Literal["clean", "noise"]
 FORMAT = "cogvideox-latents-1"
@@ -35,6 +37,12 @@ class LatentFile:
     width: int
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(LatentFile).items():
+            check_type(hint, getattr(self, name), name)
+        if min(self.scaling_factor, self.fps, self.num_frames, self.height, self.width) <= 0:
+            raise ValueError("its scale, rate or size is not positive")
 
     def described(self) -> dict[str, Any]:
         """All but the numbers, as JSON values."""
@@ -61,8 +69,11 @@ def read_latents(path: Path, *, device: str = "cpu") -> LatentFile:
     told, tensors = load_metadata(path), load_tensors(path, device=device)
     if told.get("format") != FORMAT or tensors.keys() != {"latents"} or tensors["latents"].ndim != 4:
         raise SettingError(f"{path} has no latents as this program writes them (format {FORMAT})")
-    content = {key: json.loads(text) for key, text in told.items() if key not in ("format", "shape")}
-    return LatentFile(latents=tensors["latents"], **content)
+    try:
+        content = {key: parse_json(text) for key, text in told.items() if key not in ("format", "shape")}
+        return LatentFile(latents=tensors["latents"], **content)
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"{path} does not say what its latents are: {error}") from error
 
 
 def check_shape(content: LatentFile, wanted: tuple[int, ...]) -> None:

@@ -26,6 +26,7 @@ from shared.checkpoints import Table, convert, invert, load_metadata, load_tenso
 from shared.config_cli import pick
 from shared.errors import SettingError, WeightsError
 from shared.files import atomic_path
+from shared.json_files import parse_json
 
 Naming = Literal["diffusers", "sat"]
 TABLES: dict[str, Table] = {"diffusers": DIFFUSERS_TRANSFORMER, "sat": SAT_TRANSFORMER}
@@ -241,7 +242,7 @@ def _metadata(file: Path) -> dict[str, str]:
 def _own_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """Base and notes, where this project wrote the file."""
     try:
-        said = json.loads(metadata.get(OWN_METADATA, "{}"))
+        said = parse_json(metadata.get(OWN_METADATA, "{}"))
         return said.get("base"), dict(said.get("notes") or {})
     except (ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"the adapter's metadata entry {OWN_METADATA!r} is unreadable: {error}") from error
@@ -270,11 +271,11 @@ def _peft_alphas(text: str, ranks: Mapping[str, float]) -> dict[str, float]:
     """PEFT: `lora_alpha`, and other values for modules whose names end as in `alpha_pattern`; scale is
     alpha/rank, with `use_rslora` alpha/sqrt(rank)."""
     try:
-        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in json.loads(text).items()}
+        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in parse_json(text).items()}
         patterns = {key.removeprefix("^"): float(x) for key, x in (plain.get("alpha_pattern") or {}).items()}
         default = plain.get("lora_alpha")
         alphas = {name: float(rank if default is None else default) for name, rank in ranks.items()}
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         raise WeightsError(f"the adapter's PEFT metadata is unreadable: {error}") from error
     for name in alphas:
         special = [x for key, x in patterns.items() if name == key or name.endswith(f".{key}")]

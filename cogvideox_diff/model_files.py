@@ -5,7 +5,6 @@ A part (transformer, VAE, text encoder) is read and written on its own, so that 
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -34,6 +33,7 @@ from shared.checkpoints import DtypeOf, convert, invert, load_into, load_tensors
 from shared.config_io import save_config
 from shared.errors import SettingError, WeightsError
 from shared.files import atomic_path, remove_leftovers, write_json
+from shared.json_files import read_object
 from shared.model_folder import without_memory
 
 if TYPE_CHECKING:
@@ -267,7 +267,4 @@ def _is_model_file(file: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; WeightsError where it is absent or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot read {path}: {error}") from error
+    return read_object(path, WeightsError)

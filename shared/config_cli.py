@@ -236,7 +236,7 @@ def _of_the_machine(error: Exception) -> UserError | None:
 
 def report(error: UserError, *, as_json: bool = False) -> int:
     """Write an error for the user and return its exit code."""
-    reason = " ".join(str(error).split())
+    reason = _printable(" ".join(str(error).split()))
     content = {"ok": False, "exit_code": error.exit_code, "error": type(error).__name__, "reason": reason}
     try:
         if as_json:
@@ -247,6 +247,11 @@ def report(error: UserError, *, as_json: bool = False) -> int:
     except OSError:  # standard output is closed or its disk is full: the exit code says it all
         _close_output()
     return error.exit_code
+
+
+def _printable(text: str) -> str:
+    """What a terminal would obey, and what no encoding has, as escapes."""
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 def _close_output() -> None:

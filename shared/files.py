@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import OutputPathError
+from shared.json_files import encodable
 
 LEFTOVER = re.compile(r"\.(?P<stem>.+)\.(?P<machine>[0-9a-f]{8})\.(?P<process>\d+)\.tmp(\.\w+)?")
 HERE, EXCHANGE = -100, 2  # of renameat2(2): paths are relative to the working folder; swap what they name
@@ -71,7 +72,7 @@ def write_json(path: str | Path, content: Mapping[str, Any], *, overwrite: bool 
     """Write `content` as indented UTF-8 JSON, atomically."""
     text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
     with atomic_path(path, overwrite=overwrite) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(encodable(text) + "\n", encoding="utf-8")
     return Path(path)
 
 

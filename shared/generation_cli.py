@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from shared.errors import BatchError, OutputCheckError, OutputPathError, SettingError, UserError
 from shared.files import atomic_path, remove_leftovers, write_json
+from shared.json_files import read_json
 from shared.protocol import GenerationRequest, GenerationResult, VideoGenerator
 from shared.verbs import add_output_flags, say
 from shared.video import Video
@@ -177,8 +178,8 @@ def _finished(item: Item, order: Order) -> bool:
 def _sidecar_of(item: Item) -> dict[str, Any]:
     """The sidecar's content, {} where there is none or it is not ours."""
     try:
-        content = json.loads(item.sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(item.sidecar, SettingError)
+    except SettingError:
         return {}
     ours = isinstance(content, dict) and content.get("file") == item.path.name
     return content if ours else {}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from shared.errors import SettingError
 from shared.files import remove_leftovers, write_json
+from shared.json_files import read_object
 from shared.optimizers import Muon
 from shared.training_log import Logbook, memory_bytes
 from shared.training_memory import recomputed
@@ -299,7 +300,7 @@ def _check_recipe(folder: Path, recipe: dict[str, Any] | None, *, write: bool) -
     path = folder / "recipe.json"
     new = json.loads(json.dumps(recipe, sort_keys=True, default=str))
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = read_object(path, SettingError)
         changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "steps")
         if changed:
             raise SettingError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from shared.config_cli import INTERRUPTED, FlagParser, run
 from shared.config_io import to_plain
+from shared.json_files import encodable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def say(options: argparse.Namespace, content: Mapping[str, Any], lines: Sequence[str]) -> None:
     """`lines` on standard output, or with --json `content` as one object."""
     for line in [json.dumps(to_plain(content), ensure_ascii=False)] if options.json else lines:
-        sys.stdout.write(line + "\n")
+        sys.stdout.write(encodable(line) + "\n")
 
 
 def interruptible(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from shared.errors import OutputPathError, SettingError, UserError
 from shared.files import atomic_path, write_json
+from shared.json_files import read_json
 from shared.video import Video
 
 Odd = Literal["error", "pad"]
@@ -290,8 +290,10 @@ def _read_folder(folder: Path, start: int, stop: int | None) -> tuple[list[Pixel
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
     meta = folder / FOLDER_META
     try:
-        rate = float(json.loads(meta.read_text(encoding="utf-8"))["fps"]) if meta.is_file() else None
-    except (ValueError, KeyError, TypeError) as error:
+        rate = float(read_json(meta, UserError)["fps"]) if meta.is_file() else None
+        if rate is not None and not (math.isfinite(rate) and rate > 0):
+            raise ValueError(f"fps {rate}")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{meta} does not tell the frame rate: {error!r}") from error
     return [read_image(file).numpy() for file in files[start:stop]], rate
 

@@ -6,7 +6,7 @@ the one of diffusers' `AutoencoderKLCogVideoX`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,13 +28,11 @@ class Tiles:
 
 
 def encode_tiles(config: VAEConfig) -> Tiles:
-    pixels = _tile_pixels(config)
-    return _tiles(pixels, _to_latents(pixels, config))
+    return _tiles(config, config.space_factor, 1)
 
 
 def decode_tiles(config: VAEConfig) -> Tiles:
-    pixels = _tile_pixels(config)
-    return _tiles(_to_latents(pixels, config), pixels)
+    return _tiles(config, 1, config.space_factor)
 
 
 def run_tiled(stage: Callable[[Tensor], Tensor], x: Tensor, tiles: Tiles | None, *, sliced: bool) -> Tensor:
@@ -76,16 +74,21 @@ def blend(before: Tensor, after: Tensor, extent: int, *, dim: int) -> Tensor:
     return torch.cat([tail * (1 - share) + head * share, rest], dim=dim)
 
 
-def _tile_pixels(config: VAEConfig) -> tuple[int, int]:
-    return config.sample_size[0] // 2, config.sample_size[1] // 2
+def _tiles(config: VAEConfig, places_in: int, places_out: int) -> Tiles:
+    """Half the native size, cut at whole latents (of `places_in` and `places_out` places), so that the next
+    tile begins where what is kept of this one ends."""
+    latents = [max(1, side // 2 // config.space_factor) for side in config.sample_size]
+    overlap = [
+        min(size - 1, -(-size * up // down)) for size, (up, down) in zip(latents, OVERLAP, strict=True)
+    ]
+    step = [size - common for size, common in zip(latents, overlap, strict=True)]
+    return Tiles(
+        size=_times(latents, places_in),
+        step=_times(step, places_in),
+        blend=_times(overlap, places_out),
+        keep=_times(step, places_out),
+    )
 
 
-def _to_latents(pixels: tuple[int, int], config: VAEConfig) -> tuple[int, int]:
-    return pixels[0] // config.space_factor, pixels[1] // config.space_factor
-
-
-def _tiles(size_in: tuple[int, int], size_out: tuple[int, int]) -> Tiles:
-    step_h, step_w = (size - -(-size * up // down) for size, (up, down) in zip(size_in, OVERLAP, strict=True))
-    blend_h, blend_w = (size * up // down for size, (up, down) in zip(size_out, OVERLAP, strict=True))
-    keep = (size_out[0] - blend_h, size_out[1] - blend_w)
-    return Tiles(size=size_in, step=(step_h, step_w), blend=(blend_h, blend_w), keep=keep)
+def _times(sides: Sequence[int], factor: int) -> tuple[int, int]:
+    return sides[0] * factor, sides[1] * factor

@@ -13,6 +13,7 @@ from typing import Any
 
 from shared.captioning.protocols import Recipe
 from shared.errors import OutputPathError
+from shared.json_files import parse_json
 
 
 class CaptionCache:
@@ -96,7 +97,7 @@ def _key(content: str, stage: str, recipe: Recipe, inputs: Mapping[str, Any]) ->
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:  # empty, or cut off
         return None
     texts = isinstance(row, dict) and isinstance(row.get("key"), str) and isinstance(row.get("text"), str)

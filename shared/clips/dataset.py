@@ -12,7 +12,6 @@ Paths are relative to the list that names them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -24,6 +23,7 @@ import torch
 from av.error import FFmpegError
 
 from shared.errors import SettingError, UserError
+from shared.json_files import parse_json
 from shared.video import Video
 from shared.video_io import FOLDER_META, read_video
 
@@ -93,7 +93,7 @@ def _read_metadata(path: Path) -> tuple[Clip, ...]:
             continue
         where = f"line {number} of {path}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise SettingError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict):

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from shared.clips.dataset import Clip, content_key
 from shared.errors import OutputPathError, UserError
+from shared.json_files import parse_json
 from shared.video_io import read_video
 
 FORMAT = 1  # raised when a measure changes, so that older lines are measured again
@@ -248,7 +249,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict):

@@ -32,6 +32,7 @@ from shared.errors import (
     WeightsError,
 )
 from shared.files import write_json
+from shared.json_files import parse_json, read_object
 
 FORMAT = 1
 INDEX, SUFFIX = "index.json", ".safetensors"
@@ -106,6 +107,12 @@ def _plan(reader: ClipReader, clip: Clip) -> Planned:
 
 def _read(reader: ClipReader, item: Item) -> Any:
     return reader.read(item.source.clip, item.source.plan)
+
+
+def none_left(skipped: Sequence[Mapping[str, Any]]) -> str:
+    """The message where every clip was left out."""
+    first = skipped[0]["reason"] if skipped else "the list is empty"
+    return f"none of {len(skipped)} clips can be used; first: {first}"
 
 
 def precompute_clips(
@@ -229,7 +236,7 @@ def _whole_shards(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def _holds(path: Path) -> dict[str, Any]:
-    return json.loads(load_metadata(path)[HOLDS])
+    return parse_json(load_metadata(path)[HOLDS])
 
 
 def _shard_name(group: Sequence[Item]) -> str:
@@ -309,10 +316,10 @@ def read_index(folder: Path, kind: str) -> dict[str, Any]:
     """SettingError where there is none, or one of another kind."""
     path = folder / INDEX
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{folder} holds nothing precomputed: cannot read {path}: {error}") from error
-    got = (content.get("kind"), content.get("format")) if isinstance(content, dict) else (None, None)
+        content = read_object(path, SettingError)
+    except SettingError as error:
+        raise SettingError(f"{folder} holds nothing precomputed: {error}") from error
+    got = content.get("kind"), content.get("format")
     if got != (kind, FORMAT):
         raise SettingError(f"{path} is of (kind, format) {got}, needed is {(kind, FORMAT)}")
     return content

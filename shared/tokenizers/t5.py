@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import WeightsError
+from shared.json_files import read_object
 
 SPIECE = "spiece.model"
 
@@ -90,7 +90,7 @@ def _read_tokenizer(path: Path) -> Any:
 def _from_folder(folder: Path, shown: str) -> Any:
     from transformers import T5Tokenizer as HFT5Tokenizer  # takes seconds, so only on use
 
-    _check(folder, shown)
+    check_tokenizer(folder, shown)
     try:
         tokenizer = HFT5Tokenizer.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
@@ -100,8 +100,10 @@ def _from_folder(folder: Path, shown: str) -> Any:
     return tokenizer
 
 
-def _check(folder: Path, shown: str) -> None:
-    """transformers turns an empty or absent vocabulary into a tokenizer of four pieces; refuse it before."""
+def check_tokenizer(folder: Path, shown: str) -> None:
+    """WeightsError unless a tokenizer's files are there and readable; `shown` is what the message calls them.
+
+    transformers turns an empty or absent vocabulary into a tokenizer of four pieces."""
     spiece, fast = folder / SPIECE, folder / "tokenizer.json"
     if not spiece.is_file() and not fast.is_file():
         raise WeightsError(f"no T5 tokenizer in {shown} (looked for {SPIECE} and {fast.name})")
@@ -111,7 +113,7 @@ def _check(folder: Path, shown: str) -> None:
                 sentencepiece.SentencePieceProcessor(model_proto=spiece.read_bytes()).get_piece_size() > 0
             )
         else:
-            readable = bool(json.loads(fast.read_text(encoding="utf-8"))["model"]["vocab"])
+            readable = bool(read_object(fast, WeightsError)["model"]["vocab"])
     except (RuntimeError, ValueError, KeyError, TypeError):
         readable = False
     if not readable:

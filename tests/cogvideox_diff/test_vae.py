@@ -308,3 +308,17 @@ def test_illegal_latents(vae: CausalVAE, shape: tuple[int, ...]) -> None:
 def test_illegal_settings(setting: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **setting)
+
+
+@torch.no_grad()
+def test_tiles_of_a_size_that_does_not_divide() -> None:
+    """Half of 64 pixels are 4 latents, of which no sixth or fifth can be common to two tiles."""
+    config = replace(TINY, sample_size=(64, 64))
+    vae = CausalVAE(config).eval()
+    for height, width in ((64, 64), (72, 136)):
+        x = clip(1, height, width)
+        tiled, whole = vae.encode(x, tiled=True).mean, vae.encode(x).mean
+        assert tiled.shape == whole.shape == (1, 4, 1, height // 8, width // 8)
+        assert vae.decode(whole, tiled=True).shape == vae.decode(whole).shape
+    for tiles, factor in ((encode_tiles(config), 8), (decode_tiles(config), 1)):
+        assert [step // factor for step in tiles.step] == [3, 3]
