@@ -31,11 +31,18 @@ MAX_CLIPS = 3
 Results = Mapping[str, Any]
 
 
-def render_page(folder: RunFolder, results: Results, descriptions: Mapping[str, str] | None = None) -> str:
-    """The HTML text of a run's report; `descriptions` adds a line on each model."""
+def render_page(
+    folder: RunFolder,
+    results: Results,
+    descriptions: Mapping[str, str] | None = None,
+    *,
+    room: int | None = None,
+) -> str:
+    """The HTML text of a run's report; `descriptions` adds a line on each model, `room` is for films and
+    pictures, in bytes (MAX_BYTES)."""
     suite = suite_from(dict(results["recipe"]["suite"]))
     models = results["models"]
-    films, strips = prompt_rows(folder, suite, models)
+    films, strips = prompt_rows(folder, suite, models, room)
     template = environment().get_template("report.html.j2")
     return template.render(
         suite=suite,
@@ -95,21 +102,22 @@ def plot_columns(models: Mapping[str, Any]) -> list[list[tuple[str, Markup]]]:
     attributes = ("What the prompt asked for", plots.attribute_bars(models))
     time = ("Where the time goes", plots.stage_timeline(models))
     memory = ("Memory along the way", plots.memory_curves(models))
-    left, right = [attributes, time], [*measures, memory]
+    roofs = ("Work against the machine's limits", plots.roofline(models))
+    left, right = [attributes, time, roofs], [*measures, memory]
     if len(measures) > 1:
-        left, right = [attributes, memory], [*measures, time]
+        left, right = [attributes, memory, roofs], [*measures, time]
     columns = [[(words, Markup(svg)) for words, svg in column if svg] for column in (left, right)]
     return [column for column in columns if column]
 
 
 def prompt_rows(
-    folder: RunFolder, suite: Suite, models: Mapping[str, Any]
+    folder: RunFolder, suite: Suite, models: Mapping[str, Any], room: int | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(prompts with films, further prompts with strips only), as many as the page has room for; each has its
     text and a cell of film, strip and reading for each model and the truth."""
     films: list[dict[str, Any]] = []
     strips: list[dict[str, Any]] = []
-    room = MAX_BYTES
+    room = MAX_BYTES if room is None else room
     for prompt, found in sidecars_by_prompt(folder, suite, models).items():
         full = len(films) < MAX_PROMPTS and not strips and (room > 0 or not films)
         if not full and (room <= 0 or len(strips) >= MAX_STRIPS):

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.expected import CPU, devices
 from benchmarks.metrics import METRICS
 from benchmarks.metrics.cost import top_level
 from benchmarks.wording import seconds, size, title, titled
+from shared.costs import Device
 
 INK, MUTED, GRID, CARD = "#010203", "#010204", "#010205", "#010206"
 SERIES = tuple(f"#0102{16 + index:02x}" for index in range(6))
@@ -199,6 +202,47 @@ def _memory_curve(axes: Axes, stages: Mapping[str, Any], colour: str, step: floa
     middle = (ends[top] + ends[top + 1]) / 2
     axes.annotate(words, (middle, levels[top] / step), xytext=(0, 4), textcoords="offset points", ha="center",
                   fontsize=9, color=colour)  # fmt: skip
+
+
+def roofline(models: Models) -> str:
+    """What each stage reached, by the operations that it has for every byte that it moves, under the roofs of
+    named devices; "" where the cost model is silent."""
+    points = [
+        (index, stage, cost, row["stages"][stage]["seconds"])
+        for index, row in enumerate(models.values())
+        for stage, cost in row.get("cost_model", {}).items()
+        if row["stages"].get(stage, {}).get("seconds") and cost["bytes_moved"]
+    ]
+    if not points:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _canvas(3.1)
+        for index, stage, cost, took in points:
+            x, y = cost["flops"] / cost["bytes_moved"], cost["flops"] / took
+            axes.plot(x, y, MARKERS[index % len(MARKERS)], color=SERIES[index % len(SERIES)], markersize=7)
+            axes.annotate(stage.rpartition("/")[2], (x, y), xytext=(6, -11), textcoords="offset points",
+                          fontsize=9, color=SERIES[index % len(SERIES)])  # fmt: skip
+        ratios = [cost["flops"] / cost["bytes_moved"] for _, _, cost, _ in points]
+        low, high = min(ratios) / 4, max(300.0, *ratios) * 8
+        for name, device in devices().items():
+            _roof(axes, name, device, (low, high))
+        axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="operations per byte moved",
+                 ylabel="operations per second")  # fmt: skip
+        axes.grid(linewidth=0.8)
+        axes.tick_params(length=0, labelcolor=MUTED, which="both")
+        return inline(figure, "roofline", "Operations per second of each stage under the roofs of devices")
+
+
+def _roof(axes: Axes, name: str, device: Device, ends: tuple[float, float]) -> None:
+    """Bandwidth up to the ridge, then matrix products (float32 on the CPU, 16 bits on GPUs)."""
+    top = device.rate("matmul", torch.float32 if name == CPU else torch.bfloat16)
+    speed = device.bandwidth * device.stream_share
+    ridge = top / speed
+    xs = [ends[0], ridge, ends[1]]
+    axes.plot(xs, [min(top, speed * x) for x in xs], color=MUTED, linewidth=1.2)
+    label = name if name == CPU else name.upper()
+    axes.annotate(label, (ends[1], top), xytext=(-3, 3), textcoords="offset points", ha="right", fontsize=9,
+                  color=MUTED)  # fmt: skip
 
 
 def _total(stages: Mapping[str, Any]) -> float:

@@ -28,11 +28,14 @@ def write_reports(
     descriptions: Mapping[str, str] | None = None,
     files: FeatureFiles | None = None,
     costs: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    room: int | None = None,
 ) -> dict[str, Any]:
     """Measure a run from its frames and write all its reports; returns what results.json holds.
 
     `descriptions` adds a line on each model to the page; `files` are used instead of those that the suite
-    names; `costs` is what the cost model says of each model's stages (`benchmarks.expected.cost_model`).
+    names; `costs` is what the cost model says of each model's stages (`benchmarks.expected.cost_model`);
+    `room` is how many bytes of films and pictures the page may have.
     """
     measured = evaluate(folder, files)
     for name, row in measured["models"].items():
@@ -41,7 +44,7 @@ def write_reports(
     measured |= {"state": state(folder), "imported": read_imported(folder)}
     write_text(folder.path / "report.md", markdown(measured))
     write_text(folder.path / "report.tex", latex(measured))
-    write_text(folder.path / "report.html", render_page(folder, measured, descriptions))
+    write_text(folder.path / "report.html", render_page(folder, measured, descriptions, room=room))
     return write_results(folder, measured)  # last, since `up_to_date` believes it
 
 

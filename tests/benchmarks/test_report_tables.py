@@ -15,7 +15,7 @@ from benchmarks.expected import cost_model
 from benchmarks.latex import escaped, latex
 from benchmarks.metrics import METRICS
 from benchmarks.page import prompt_rows, render_page
-from benchmarks.plots import memory_curves, quality_and_cost
+from benchmarks.plots import memory_curves, quality_and_cost, roofline
 from benchmarks.published import PUBLISHED
 from benchmarks.report import markdown, write_reports
 from benchmarks.storage import RunFolder
@@ -160,6 +160,18 @@ def test_memory_curves_name_the_highest_stage() -> None:
 # ---- the size of the page
 
 
+def test_the_roofline_has_a_point_for_each_stage_that_was_measured_and_modelled(
+    results: dict[str, Any],
+) -> None:
+    cost = {"flops": 2e9, "bytes_moved": 1e8}
+    stages = {"model": {"seconds": 0.1}, "decode": {"seconds": 0.2}}
+    models = {"a": {"stages": stages, "cost_model": {"model": cost, "text": cost, "decode": cost}}}
+    drawn = roofline(models)
+    assert drawn.count(">model<") == drawn.count(">decode<") == 1 and ">text<" not in drawn
+    assert all(f">{name}<" in drawn for name in ("CPU core", "H200", "RTX4090"))
+    assert roofline(results["models"]) == ""  # fakes have no cost model
+
+
 def test_large_videos_are_made_small() -> None:
     video = Video(frames=torch.randint(0, 255, (6, 300, 900, 3), dtype=torch.uint8), fps=8.0)
     assert media.reduced(video.frames, 480).shape == (6, 160, 480, 3)
@@ -179,6 +191,7 @@ def test_the_page_stops_where_it_has_no_more_room(
     assert [len(films), len(strips)] == [1, 2]
     assert "film" in films[0]["cells"]["good"] and "film" not in strips[0]["cells"]["good"]
     assert "Contact sheet: 2 more prompts" in render_page(reported, results)
+    assert len(render_page(reported, results, room=0)) < len(render_page(reported, results))
     monkeypatch.setattr(page, "MAX_BYTES", 1000)
     assert [len(rows) for rows in prompt_rows(reported, suite, models)] == [1, 0]
 

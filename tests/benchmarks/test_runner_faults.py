@@ -121,7 +121,7 @@ def test_a_thousand_items_of_which_twenty_are_damaged(
     damaged = sorted(random.Random(0).sample(range(count), count // 50))
     model = FakeGenerator("m", wrong_from=count // 3, num_frames=5)
     right: dict[str, list[float]] = {}
-    monkeypatch.setattr("benchmarks.report.render_page", lambda *given: "")  # a thousand films
+    monkeypatch.setattr("benchmarks.report.render_page", lambda *given, **named: "")  # a thousand films
     monkeypatch.setattr("benchmarks.evaluation.MIN_VIDEOS", count)  # no distances: there is no true clip
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     rows = []
