@@ -102,3 +102,13 @@ def _say(options: argparse.Namespace, stages: Sequence[str], model: Path) -> Non
     if EXPORT in stages:
         done["model"] = str(model)
     say(options, done, [str(done.get("model", done["folder"]))])
+
+
+def tell_tuned(
+    options: argparse.Namespace, path: Path, told: Mapping[str, Any], skipped: Sequence[Mapping[str, Any]]
+) -> None:
+    """What a verb `finetune` says at its end: the result, and the clips that it had to do without."""
+    rows = [f"left out: clip {row['number']} ({row['video']}): {row['reason']}" for row in skipped]
+    counted = [f"{len(skipped)} clips were left out"] if skipped else []
+    found = {"path": str(path), "num_skipped": len(skipped), "skipped": list(skipped)}
+    say(options, {"ok": True, "exit_code": 0, **found, **told}, [*rows, *counted, str(path)])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.training_cli import tell_tuned
 from shared.training_memory import RECOMPUTE
 from shared.training_parallel import PARALLEL
 from shared.verbs import add_output_flags, say
@@ -40,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_dropout", type=float, default=0.1, help="share of samples without caption")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=200)
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode (default: 0)")
+    parser.add_argument("--sample_prompts", nargs="+", default=[], metavar="PROMPT",
+                        help="videos to log on the way: key frames, or one round of interpolation")
+    parser.add_argument("--sample_every", type=int, default=0, help="0 (the default): only at the end")
+    parser.add_argument("--num_workers", type=int, default=0,
+                        help="processes that decode, and read batches ahead (default: 0)")
     parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, cuda:N")
     parser.add_argument("--parallel", choices=PARALLEL, default="none", help="torchrun's processes")
     parser.add_argument("--activation_checkpointing", choices=RECOMPUTE, default="none",
@@ -50,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 TRAIN = ("steps", "lr", "accumulation", "warmup_steps", "decay_fraction", "clip_norm", "ema_decay",
-         "autocast", "seed", "save_every")  # fmt: skip
+         "autocast", "seed", "save_every", "sample_every")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -73,9 +78,9 @@ def run(options: argparse.Namespace) -> None:
         activation_checkpointing=options.activation_checkpointing,
         device=device,
     ) as strategy:
-        path = tune(replace(job, strategy=strategy))
+        tuned = tune(replace(job, strategy=strategy))
     if strategy.is_main:
-        say(options, {"ok": True, "exit_code": 0, "path": str(path), **told}, [str(path)])
+        tell_tuned(options, tuned.path, told, tuned.skipped)
 
 
 def make_job(options: argparse.Namespace) -> Job:
@@ -95,6 +100,7 @@ def make_job(options: argparse.Namespace) -> Job:
         start=options.start,
         text_dropout=options.text_dropout,
         num_workers=options.num_workers,
+        sample_prompts=tuple(options.sample_prompts),
         quiet=options.quiet or options.json,
     )
 

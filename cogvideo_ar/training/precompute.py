@@ -24,7 +24,14 @@ from cogvideo_ar.options import PIXELS_PER_TOKEN, key_rate, known_durations
 from cogvideo_ar.parts import build, load_tokenizer
 from cogvideo_ar.vqvae import VQVAE
 from shared.clips.dataset import SLACK, Clip, Extent, even_count, even_indices, read_frames
-from shared.clips.precompute import ShardReader, plan_clips, precompute_clips, read_index, write_index
+from shared.clips.precompute import (
+    ShardReader,
+    none_left,
+    plan_clips,
+    precompute_clips,
+    read_index,
+    write_index,
+)
 from shared.errors import BatchError, SettingError
 from shared.runtime import spare_threads
 from shared.transforms import fit_video
@@ -152,7 +159,7 @@ def precompute(
     weights that `load` reads; they are read once the files have been looked at."""
     planned = plan_clips(clips, reader, num_workers=num_workers, quiet=quiet)
     if all(p.problem for p in planned):
-        raise BatchError(f"none of {len(planned)} clips can be used; first: {planned[0].problem}")
+        raise BatchError(none_left([{"reason": p.problem} for p in planned]))
     settings = dict(marks) | {"num_frames": reader.num_frames, "height": reader.height, "width": reader.width}
     encoders = load()
     encode = partial(encode_frames, encoders.vqvae, encoders.texts)
@@ -171,6 +178,7 @@ class TokenSamples:
 
     def __init__(self, folder: Path) -> None:
         index = read_index(folder, KIND)
+        self.skipped: list[dict[str, Any]] = index["skipped"]
         self.rows: list[dict[str, Any]] = index["clips"]
         self._places = [(row["key"], i) for row in self.rows for i in range(len(row["rates"]))]
         self.rates = [rate for row in self.rows for rate in row["rates"]]

@@ -15,7 +15,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cogvideo_ar.config import CogVideoConfig, TransformerConfig, cogvideo_demo
@@ -29,6 +28,7 @@ from cogvideo_ar.layout import (
     prompt_tokens,
     training_batch,
 )
+from cogvideo_ar.parts import Parts
 from cogvideo_ar.training.data import (
     Sample,
     TokenClips,
@@ -38,10 +38,11 @@ from cogvideo_ar.training.data import (
     tokenize_shapes,
 )
 from cogvideo_ar.training.objective import stage_loss as stage_loss  # it is looked for here too
+from cogvideo_ar.training.samples import Sampler, sampler
 from cogvideo_ar.training.vqvae_objective import reconstruction_loss, vqvae_step
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
-from shared.checkpoints import load_into, save_tensors
+from shared.checkpoints import load_into, load_tensors, save_tensors
 from shared.clips import shapes
 from shared.errors import SettingError, WeightsError
 from shared.losses import edge_weight
@@ -72,6 +73,7 @@ class Recipe:
     num_clips: int = 6000
     num_stills: int = 16000
     vocab_size: int = 96
+    sample_prompt: str = ""  # key frames of it are logged every `keyframes.sample_every` steps
 
 
 def demo() -> Recipe:
@@ -171,7 +173,7 @@ class Run:
 
     def vqvae(self) -> VQVAE:
         model = VQVAE(self.recipe.config.vqvae)
-        load_into(model, load_file(self.needed("vqvae/weights.safetensors", "vqvae")))
+        load_into(model, load_tensors(self.needed("vqvae/weights.safetensors", "vqvae")))
         return channels_last(model).eval()
 
     # ---- tokens
@@ -213,7 +215,7 @@ class Run:
     def train_keyframes(self) -> None:
         config, settings = self.recipe.config.keyframes, self.recipe.keyframes
         model = self._new_transformer(config, settings.seed)
-        load_into(model, load_file(self.needed("base/weights.safetensors", "base")))
+        load_into(model, load_tensors(self.needed("base/weights.safetensors", "base")))
         model.init_temporal_from_base()
         clips, images, texts = self.clips(), self.stills(), self._texts(config)
 
@@ -228,12 +230,12 @@ class Run:
             counts = _counts(clip_batch, image_batch)
             return video + image, {"image": float(image.detach())} | frames | counts
 
-        self._train(model, objective, settings, "keyframes")
+        self._train(model, objective, settings, "keyframes", sample=self._sampler(model))
 
     def train_interpolation(self) -> None:
         config, settings = self.recipe.config.interpolation, self.recipe.interpolation
         model = self._new_transformer(config, settings.seed)
-        load_into(model, load_file(self.needed("keyframes/weights.safetensors", "keyframes")))
+        load_into(model, load_tensors(self.needed("keyframes/weights.safetensors", "keyframes")))
         clips, texts = self.clips(), self._texts(config)
         for _, parameter in model.base_parameters():
             parameter.requires_grad = False
@@ -256,10 +258,28 @@ class Run:
     def _texts(self, config: TransformerConfig) -> _Texts:
         return _Texts(config, self.tokenizer(), self.recipe)
 
-    def _train(self, model: CogVideoTransformer, objective, settings: TrainConfig, name: str) -> None:
+    def _sampler(self, model: CogVideoTransformer) -> Sampler | None:
+        if not self.recipe.sample_prompt:
+            return None
+        parts = Parts(
+            config=self.recipe.config, keyframes=model, interpolation=model, vqvae=self.vqvae(),
+            tokenizer=self.tokenizer(), text_model=b"",
+        )  # fmt: skip
+        return sampler(parts, 1, [self.recipe.sample_prompt], self.strategy)
+
+    def _train(
+        self,
+        model: CogVideoTransformer,
+        objective,
+        settings: TrainConfig,
+        name: str,
+        *,
+        sample: Sampler | None = None,
+    ) -> None:
         said = recipe_of(settings, images=self.recipe.image_batch, clips=self.recipe.clip_batch)
         folder, strategy = self.folder / name, self.strategy
-        train(model, objective, settings, folder, recipe=said, quiet=self.quiet, strategy=strategy)
+        train(model, objective, settings, folder, recipe=said, quiet=self.quiet, strategy=strategy,
+              sample=sample)  # fmt: skip
         self._save(model, name)
 
     def _save(self, model: torch.nn.Module, name: str) -> None:

@@ -35,11 +35,13 @@ from cogvideo_ar.training.precompute import (
     load_encoders,
     precompute,
 )
+from cogvideo_ar.training.samples import sampler
 from cogvideo_ar.transformer import CogVideoTransformer
 from shared.checkpoints import load_into
 from shared.clips.dataset import read_clips
-from shared.clips.precompute import INDEX, read_index
-from shared.errors import SettingError, WeightsError
+from shared.clips.precompute import INDEX, none_left, read_index
+from shared.clips.stream import BatchPlan, ClipStream
+from shared.errors import BatchError, SettingError, WeightsError
 from shared.training import Logs, Objective, TrainConfig, recipe_of, train
 from shared.training_parallel import ALONE, Strategy, whole_state
 
@@ -61,7 +63,8 @@ class Job:
     channels: Channels = "temporal"  # what learns: the temporal channel alone, or everything
     start: Start = "model"  # "base": the temporal channel begins anew, as a copy of the base channel
     text_dropout: float = 0.1  # share of samples without a caption: what guidance calls the guider
-    num_workers: int = 0  # processes that decode clips
+    num_workers: int = 0  # processes that decode clips and read batches ahead
+    sample_prompts: tuple[str, ...] = ()  # of the videos that are logged
     quiet: bool = False
     strategy: Strategy = ALONE
 
@@ -119,9 +122,17 @@ def round_rates(config: CogVideoConfig) -> tuple[float, ...]:
     return tuple(sorted({key_rate(config, duration) for duration in config.sampling.interpolation_durations}))
 
 
-def tune(job: Job) -> Path:
-    """Train, resuming what an interrupted run left in `job.output`, and write the model folder that is
-    returned. The net that learns is in float32, the others as their folder has them."""
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The model folder, and the clips (number, name, reason) that could not be encoded or read."""
+
+    path: Path
+    skipped: tuple[dict[str, Any], ...]
+
+
+def tune(job: Job) -> Tuned:
+    """Train, resuming what an interrupted run left in `job.output`, and write the model folder. The net that
+    learns is in float32, the others as their folder has them."""
     samples, texts = _prepared(job)
     parts = job.folder.load(job.folder.dtype, torch.device("cpu"))
     model = trainable(getattr(parts, NETS[job.stage]), job.channels, start=job.start, seed=job.train.seed)
@@ -134,16 +145,19 @@ def tune(job: Job) -> Path:
         "start": job.start,
         "text_dropout": job.text_dropout,
     }
+    stream = streamed(samples, job)
     train(
-        model, objective(model, samples, texts, job), job.train, job.output / "run",
+        model, objective(model, stream, texts, job), job.train, job.output / "run",
         recipe=recipe_of(job.train, **said), quiet=job.quiet, strategy=job.strategy,
+        sample=sampler(parts, job.stage, job.sample_prompts, job.strategy) if job.sample_prompts else None,
     )  # fmt: skip
     state, path = whole_state(model, job.strategy), job.output / "model"
     if job.strategy.is_main:
         net = build(CogVideoTransformer, job.net, {name: x.to(parts.dtype) for name, x in state.items()})
         save_parts(_replaced(parts, job, net), path)
     job.strategy.wait()
-    return path
+    left = [samples.told(place, reason) for place, reason in sorted(stream.skipped.items())]
+    return Tuned(path=path, skipped=(*([] if job.is_precomputed else samples.samples.skipped), *left))
 
 
 def trainable(
@@ -183,15 +197,27 @@ class StageSamples:
         keys = [(row["key"], rate) for row in self.samples.rows for rate in row["rates"]]
         return [list(keys[place]) for place in self.places]
 
+    def told(self, place: int, reason: str) -> dict[str, Any]:
+        """What is said of a sample that cannot be read."""
+        row = [row for row in self.samples.rows for _ in row["rates"]][self.places[place]]
+        return {"number": row["number"], "video": row["video"], "reason": reason}
 
-def objective(model: CogVideoTransformer, samples: StageSamples, texts: Texts, job: Job) -> Objective:
+
+def streamed(samples: StageSamples, job: Job) -> ClipStream:
+    """Batches that worker processes read ahead; micro-batches are dealt out to the processes in turn."""
+    plan = BatchPlan([job.stage] * len(samples), job.batch, seed=job.train.seed, tails="fill")
+    stride = job.strategy.world.degree
+    return ClipStream(samples=samples, plan=plan, stride=stride, num_workers=job.num_workers)
+
+
+def objective(model: CogVideoTransformer, stream: ClipStream, texts: Texts, job: Job) -> Objective:
     """What `shared.training.train` minimises: the loss over the frames that the stage generates; logged too
     is that of every such frame."""
     generated = {time for time in range(job.net.num_frames) if (time % 2 if job.stage == 2 else time)}
 
     def loss(step: int) -> tuple[Tensor, Logs]:
         rng = np.random.default_rng([job.train.seed, job.stage, step])
-        batch = draw_batch(samples, texts, job, rng)
+        batch = make_batch(stream.at(step), texts, job, rng)
         mean, logs = stage_loss(model, batch)
         frames = {f"frame{time}": value for time, value in logs.items() if time in generated}
         counts = {"samples": float(job.batch), "tokens": float(batch.loss_mask.sum())}
@@ -200,16 +226,16 @@ def objective(model: CogVideoTransformer, samples: StageSamples, texts: Texts, j
     return loss
 
 
-def draw_batch(samples: StageSamples, texts: Texts, job: Job, rng: np.random.Generator) -> TrainingBatch:
-    """`job.batch` samples, some of them without their captions."""
+def make_batch(rows: Mapping[str, Tensor], texts: Texts, job: Job, rng: np.random.Generator) -> TrainingBatch:
+    """What the net reads of samples ("codes" [B, F, S], "rate" [B], "text" [B, T]), some of them without
+    their captions."""
     net = job.net
-    rows = [samples[int(place)] for place in rng.integers(len(samples), size=job.batch)]
-    silent = rng.random(job.batch) < job.text_dropout
+    silent = rng.random(len(rows["rate"])) < job.text_dropout
     said = [
-        texts("", [float(row["rate"])])[0] if quiet else row["text"].long()
-        for row, quiet in zip(rows, silent, strict=True)
+        texts("", [float(rate)])[0] if quiet else text.long()
+        for rate, text, quiet in zip(rows["rate"], rows["text"], silent, strict=True)
     ]
-    text_BT, codes_BFS = torch.stack(said), torch.stack([row["codes"].long() for row in rows])
+    text_BT, codes_BFS = torch.stack(said), rows["codes"].long()
     layout = (keyframe_layout if job.stage == 1 else interpolation_layout)(net, text_BT.shape[1])
     return training_batch(
         layout, text_BT, codes_BFS,
@@ -234,6 +260,8 @@ def _prepared(job: Job) -> tuple[StageSamples, Texts]:
     job.strategy.wait()
     found = TokenSamples(folder)
     places = tuple(place for place, rate in enumerate(found.rates) if rate in job.rates)
+    if not places:
+        raise BatchError(none_left(found.skipped))
     samples = StageSamples(samples=found, places=places)
     _check_codes(samples, net)
     return samples, load_encoders(job.folder, torch.device("cpu")).texts

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.training_cli import tell_tuned
 from shared.training_memory import RECOMPUTE
 from shared.training_parallel import PARALLEL
 from shared.verbs import add_output_flags, say
@@ -19,10 +20,18 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_path", default="demo", help="demo (the default) or a model folder")
-    parser.add_argument("--data", type=Path, required=True,
-                        help="metadata.jsonl, prompts.txt beside videos.txt, or their folder")  # fmt: skip
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="a folder of clips, its metadata.jsonl or videos.txt, or what precompute wrote",
+    )
     parser.add_argument("--output_path", type=Path, required=True, help="the run, and what comes of it")
-    parser.add_argument("--cache_path", type=Path, help="encoded clips (default: OUTPUT_PATH/cache)")
+    parser.add_argument(
+        "--cache_path", type=Path, help="where clips are encoded (default: OUTPUT_PATH/cache)"
+    )
+    parser.add_argument("--num_workers", type=int, default=0,
+                        help="processes that decode, and read batches ahead (default: 0)")  # fmt: skip
     parser.add_argument("--task", choices=("t2v", "i2v"), help="default: what the model does")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--rank", type=int, default=128, help="of the adapter (default: 128)")
@@ -93,18 +102,20 @@ def run(options: argparse.Namespace) -> None:
         activation_checkpointing=options.activation_checkpointing,
         device=parse_device(options.device),
     ) as strategy:
-        path = tune(replace(job, strategy=strategy))
+        tuned = tune(replace(job, strategy=strategy))
     if strategy.is_main:
-        say(options, {"ok": True, "exit_code": 0, "path": str(path), **told}, [str(path)])
+        tell_tuned(options, tuned.path, told, tuned.skipped)
 
 
 def make_job(options: argparse.Namespace, folder: ModelFolder) -> Job:
     """The run that the flags describe, its sizes, clips and settings checked."""
     from cogvideox_diff.lora import TARGETS
     from cogvideox_diff.planning import tasks_of
-    from cogvideox_diff.training.clip_latents import check_clips, check_sizes
     from cogvideox_diff.training.finetune import FinetuneConfig
+    from cogvideox_diff.training.precompute import KIND, LatentReader, Preparation, check_buckets
     from cogvideox_diff.training.tuning import Job, default_dtype
+    from shared.clips.dataset import read_clips
+    from shared.clips.precompute import INDEX, plan_clips, read_index
     from shared.runtime import parse_dtype
     from shared.training import TrainConfig
 
@@ -120,7 +131,18 @@ def make_job(options: argparse.Namespace, folder: ModelFolder) -> Job:
         image_dropout=options.image_dropout,
     )
     sizes = _sizes(options, folder)
-    check_sizes(folder.config, sizes)
+    check_buckets(sizes, folder.config)
+    fps = float(folder.config.geometry.fps)
+    preparation = Preparation(buckets=sizes, fps=fps, frames="finetune", fit=options.fit)
+    quiet = options.quiet or options.json
+    clips = ()
+    if (options.data / INDEX).is_file():
+        read_index(options.data, KIND)
+        _refuse_sizes(options)
+    else:
+        listed = read_clips(options.data, must_exist=False)
+        reader = LatentReader(preparation=preparation)
+        clips = tuple(plan_clips(listed, reader, num_workers=options.num_workers, quiet=quiet))
     widened = settings.task == "i2v" and not reads_images
     trained = folder.trained_dtype
     names = ("steps", "accumulation", "warmup_steps", "decay_fraction", "ema_decay", "autocast", "seed",
@@ -129,7 +151,9 @@ def make_job(options: argparse.Namespace, folder: ModelFolder) -> Job:
     return Job(
         folder=folder,
         source=options.model_path,
-        clips=check_clips(options.data, sizes),
+        data=options.data,
+        clips=clips,
+        preparation=preparation,
         settings=settings,
         train=TrainConfig(lr=lr, **{name: getattr(options, name) for name in names}),
         output=options.output_path,
@@ -137,12 +161,20 @@ def make_job(options: argparse.Namespace, folder: ModelFolder) -> Job:
         dtype=parse_dtype(options.dtype)
         if options.dtype
         else default_dtype(trained, settings, widened=widened),
-        fit=options.fit,
         tiled=options.tiling,
+        num_workers=options.num_workers,
         pack_tokens=options.pack_tokens,
         sample_prompts=tuple(options.sample_prompts),
-        quiet=options.quiet or options.json,
+        quiet=quiet,
     )
+
+
+def _refuse_sizes(options: argparse.Namespace) -> None:
+    from shared.errors import SettingError
+
+    given = (options.num_frames, options.height, options.width, options.sizes)
+    if any(value is not None for value in given):
+        raise SettingError(f"{options.data} was precomputed: its sizes cannot be chosen any more")
 
 
 def _sizes(options: argparse.Namespace, folder: ModelFolder) -> tuple[Bucket, ...]:
@@ -165,16 +197,14 @@ def _sizes(options: argparse.Namespace, folder: ModelFolder) -> tuple[Bucket, ..
 
 def _told(job: Job) -> dict[str, Any]:
     """What will be trained, on what."""
-    sizes: dict[str, int] = {}
-    for item in job.clips:
-        sizes[str(item.size)] = sizes.get(str(item.size), 0) + 1
-    settings = job.settings
+    settings, sizes = job.settings, job.sizes
     adapter = {"rank": settings.rank, "alpha": settings.alpha} if settings.method == "lora" else {}
     return {
         "task": settings.task,
         "method": settings.method,
         **adapter,
-        "clips": len(job.clips),
+        "clips": sum(sizes.values()),
+        "unusable": [f"{p.clip.name}: {p.problem}" for p in job.clips if p.problem],
         "sizes": sizes,
         "dtype": str(job.dtype).removeprefix("torch."),
         "steps": job.train.steps,

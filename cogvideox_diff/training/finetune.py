@@ -7,9 +7,9 @@ Legend: N clips, B batch, T latent frames, C latent channels, H/W latent rows/co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from cogvideox_diff import conditioning, lora
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.training.objective import diffusion_loss, loss_by_timestep
-from cogvideox_diff.training.pack import PackPlan, num_tokens, packed_loss
+from cogvideox_diff.training.pack import num_tokens, packed_loss
 from cogvideox_diff.training.timesteps import Share
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE, scale_image_latents
+from shared.clips.stream import ClipStream, stacked
 from shared.errors import SettingError
 from shared.training import Objective
 from shared.transforms import to_signed
@@ -62,11 +63,38 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
-    """Clips as training reads them: posterior means in the VAE's own scale, captions as text features.
+class Batch:
+    """The clips of a micro-batch: posterior means in the VAE's own scale, and captions as text features."""
 
-    `first_frames` are what image to video conditions on; `unconditional` stands for no caption. With
-    `deviations` every step draws its own sample of the VAE's posterior, as SAT does."""
+    latents: Tensor  # [B, T, C, H, W]
+    features: Tensor  # [B, L, D]
+    deviations: Tensor | None = (
+        None  # [B, T, C, H, W]; with them every step draws its own sample, as SAT does
+    )
+    first_frames: Tensor | None = None  # uint8 [B, height, width, 3]: what image to video conditions on
+
+    def drawn(self, rng: np.random.Generator) -> Tensor:
+        """Latents, float32 and not scaled."""
+        mean = self.latents.float()
+        if self.deviations is None:
+            return mean
+        return mean + self.deviations.float() * _normal(rng, mean.shape)
+
+
+class Source(Protocol):
+    """Where batches come from; `unconditional` [L, D] stands for no caption."""
+
+    @property
+    def unconditional(self) -> Tensor: ...
+
+    def batch(self, step: int, size: int, rng: np.random.Generator) -> Batch:
+        """`size` clips (or fewer) of one size; a function of the step, or of what `rng` draws."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Clips of one size in memory, of which every batch draws any."""
 
     latents: Tensor  # [N, T, C, H, W]
     features: Tensor  # [K, L, D] of the different captions
@@ -78,31 +106,40 @@ class Samples:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def drawn(self, picks: Tensor, rng: np.random.Generator) -> Tensor:
-        """Latents of these clips, float32 and not scaled."""
-        mean = self.latents[picks].float()
-        if self.deviations is None:
-            return mean
-        return mean + self.deviations[picks].float() * _normal(rng, mean.shape)
+    def batch(self, step: int, size: int, rng: np.random.Generator) -> Batch:
+        picks = torch.from_numpy(rng.integers(len(self), size=size))
+        return Batch(
+            latents=self.latents[picks],
+            features=self.features[self.caption[picks]],
+            deviations=None if self.deviations is None else self.deviations[picks],
+            first_frames=None if self.first_frames is None else self.first_frames[picks],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedSamples:
-    """As `Samples`, of any sizes: latents and deviations [T, C, H, W] each."""
+class Streamed:
+    """Clips that are read when their turn comes, by worker processes ahead of it: the stream's samples have
+    "latents", "deviation", "features" and "first_frame"."""
 
-    latents: Sequence[Tensor]
-    deviations: Sequence[Tensor]
-    features: Tensor
-    caption: Tensor
+    stream: ClipStream
     unconditional: Tensor
 
-    def __len__(self) -> int:
-        return len(self.latents)
+    def batch(self, step: int, size: int, rng: np.random.Generator) -> Batch:
+        """As many as the stream's plan says."""
+        return _batch_of(self.stream.at(step))
 
-    def lengths(self, config: CogVideoXConfig) -> list[int]:
-        """Tokens of every sample in a pack."""
-        net = config.transformer
-        return [num_tokens(x.shape, net.text_len, net.patch_size) for x in self.latents]
+    def pack(self, step: int) -> list[Batch]:
+        """The samples of a pack, a batch each."""
+        return [_batch_of(stacked([sample])) for _, sample in self.stream.rows_at(step)]
+
+
+def _batch_of(tensors: Mapping[str, Tensor]) -> Batch:
+    return Batch(
+        latents=tensors["latents"],
+        features=tensors["features"],
+        deviations=tensors["deviation"],
+        first_frames=tensors["first_frame"],
+    )
 
 
 def trainable(model: ExpertTransformer, settings: FinetuneConfig, *, seed: int = 0) -> ExpertTransformer:
@@ -139,7 +176,7 @@ def widen_for_images(model: ExpertTransformer) -> ExpertTransformer:
 def objective(
     model: ExpertTransformer,
     vae: CausalVAE,
-    samples: Samples,
+    samples: Source,
     config: CogVideoXConfig,
     settings: FinetuneConfig,
     *,
@@ -149,24 +186,22 @@ def objective(
     """What `shared.training.train` minimises: the mean loss of `batch` clips, one timestep from each of as
     many equal parts of the micro-batch's own interval (paper section 3.2, Explicit Uniform Sampling)."""
     schedule = NoiseSchedule.from_config(config.schedule)
-    if settings.task == "i2v" and samples.first_frames is None:
+    if settings.task == "i2v" and isinstance(samples, Samples) and samples.first_frames is None:
         raise SettingError("image to video needs the clips' first frames")
 
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
         rng = np.random.default_rng([seed, step])
-        size = settings.batch
-        picks = torch.from_numpy(rng.integers(len(samples), size=size))
-        x0 = conditioning.clean_latents(samples.drawn(picks, rng), config)
-        text = samples.features[samples.caption[picks]]
+        batch = samples.batch(step, settings.batch, rng)
+        x0, size = conditioning.clean_latents(batch.drawn(rng), config), len(batch.latents)
         dropped = torch.from_numpy(rng.random(size) < settings.text_dropout)
-        text = torch.where(dropped[:, None, None], samples.unconditional, text)
+        text = torch.where(dropped[:, None, None], samples.unconditional, batch.features)
         steps = Share.of(step, accumulation).spread(size, rng, schedule.num_timesteps)
         timesteps = torch.from_numpy(rng.permutation(steps))
         noise = _normal(rng, x0.shape)
         device = next(model.parameters()).device
         image = None
         if settings.task == "i2v":
-            image = _noised_images(vae, samples, picks, x0.shape[1], settings, rng).to(device)
+            image = _noised_images(vae, batch, x0.shape[1], settings, rng).to(device)
         ofs = config.sampling.ofs if config.transformer.ofs_embed_dim else None
         each = diffusion_loss(
             model, schedule, *(x.to(device) for x in (x0, text, timesteps, noise)), image_latents_BTCHW=image,
@@ -182,43 +217,38 @@ def objective(
 
 def packed_objective(
     model: ExpertTransformer,
-    samples: PackedSamples,
+    samples: Streamed,
     config: CogVideoXConfig,
     settings: FinetuneConfig,
     *,
-    budget: int,
     seed: int,
     accumulation: int = 1,
 ) -> Objective:
-    """As `objective`, for text to video: a micro-batch is a pack of at most `budget` tokens, and every sample
-    of it counts alike. `settings.batch` is not used. SettingError where a sample is longer than a pack."""
+    """As `objective`, for text to video: a micro-batch is a pack of the stream's plan (`pack.PackPlan`), and
+    every sample of it counts alike. `settings.batch` is not used."""
     if settings.task != "t2v":
         raise SettingError(f"frame packs are for text to video (t2v), got task {settings.task!r}")
-    schedule = NoiseSchedule.from_config(config.schedule)
-    plan = PackPlan(samples.lengths(config), budget, seed)
+    schedule, net = NoiseSchedule.from_config(config.schedule), config.transformer
 
     def loss(step: int) -> tuple[Tensor, dict[str, Any]]:
-        rng = np.random.default_rng([seed, step])
-        picks, device = plan.pack(step), next(model.parameters()).device
-        drawn = [samples.latents[i].float() for i in picks]
-        drawn = [
-            x + samples.deviations[i].float() * _normal(rng, x.shape)
-            for i, x in zip(picks, drawn, strict=True)
-        ]
-        x0 = [conditioning.clean_latents(x[None], config)[0].to(device) for x in drawn]
+        rng, device = np.random.default_rng([seed, step]), next(model.parameters()).device
+        pack = samples.pack(step)
+        x0 = [conditioning.clean_latents(one.drawn(rng), config)[0].to(device) for one in pack]
         noise = [_normal(rng, x.shape).to(device) for x in x0]
-        captions = [samples.features[samples.caption[i]] for i in picks]
-        texts = [samples.unconditional if rng.random() < settings.text_dropout else text for text in captions]
-        steps = Share.of(step, accumulation).spread(len(picks), rng, schedule.num_timesteps)
+        silent = [rng.random() < settings.text_dropout for _ in pack]
+        texts = [
+            samples.unconditional if no else one.features[0] for no, one in zip(silent, pack, strict=True)
+        ]
+        steps = Share.of(step, accumulation).spread(len(pack), rng, schedule.num_timesteps)
         timesteps = torch.from_numpy(rng.permutation(steps)).to(device)
-        ofs = config.sampling.ofs if config.transformer.ofs_embed_dim else None
+        ofs = config.sampling.ofs if net.ofs_embed_dim else None
         each = packed_loss(
             model, schedule, x0, [text.to(device) for text in texts], timesteps, noise,
-            ofs=None if ofs is None else torch.full((len(picks),), float(ofs), device=device),
+            ofs=None if ofs is None else torch.full((len(pack),), float(ofs), device=device),
         )  # fmt: skip
+        tokens = sum(num_tokens(one.latents.shape[1:], net.text_len, net.patch_size) for one in pack)
         figures = loss_by_timestep(each, timesteps, schedule.num_timesteps)
-        counts = {"samples": len(picks), "tokens": sum(plan.lengths[i] for i in picks)}
-        return each.mean(), counts | figures
+        return each.mean(), {"samples": len(pack), "tokens": tokens} | figures
 
     return loss
 
@@ -230,20 +260,20 @@ def _normal(rng: np.random.Generator, shape: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def _noised_images(
     vae: CausalVAE,
-    samples: Samples,
-    picks: Tensor,
+    batch: Batch,
     frames: int,
     settings: FinetuneConfig,
     rng: np.random.Generator,
 ) -> Tensor:
     """Scaled latents of the clips' first frames, then zeros [B, T, C, H, W]."""
-    assert samples.first_frames is not None
-    pixels = to_signed(samples.first_frames[picks].permute(0, 3, 1, 2))[:, :, None]  # [B, 3, 1, h, w]
+    assert batch.first_frames is not None
+    size = len(batch.first_frames)
+    pixels = to_signed(batch.first_frames.permute(0, 3, 1, 2))[:, :, None]  # [B, 3, 1, h, w]
     mean, deviation = settings.image_noise
-    sigma = np.exp(rng.normal(mean, deviation, size=(len(picks), 1, 1, 1, 1)))
+    sigma = np.exp(rng.normal(mean, deviation, size=(size, 1, 1, 1, 1)))
     grain = sigma * rng.standard_normal(pixels.shape, dtype=np.float32)
     pixels = pixels + torch.from_numpy(grain).float()
-    shape = (len(picks), 1, *samples.latents.shape[2:])
+    shape = (size, 1, *batch.latents.shape[2:])
     posterior_noise = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
     z = conditioning.encode(vae, pixels.to(next(vae.parameters())), posterior_noise)
     if rng.random() < settings.image_dropout:

@@ -68,6 +68,10 @@ class PackPlan:
             self._last = number, first_fit(self.lengths, self.budget, order.tolist())
         return self._last[1]
 
+    def batch(self, step: int) -> list[int]:
+        """As `shared.clips.stream` asks for it."""
+        return self.pack(step)
+
     def pack(self, step: int) -> list[int]:
         """The samples of a step, any number from 0 on."""
         while not self._ends or self._ends[-1] <= step:

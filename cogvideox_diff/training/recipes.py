@@ -8,7 +8,7 @@ earlier ones, resumes itself, and leaves `weights.safetensors` behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -17,22 +17,29 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cogvideox_diff import lora
 from cogvideox_diff.config import CogVideoXConfig, cogvideox_demo
 from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.text_encoder import T5TextEncoder
-from cogvideox_diff.training.data import LatentClips, encode_shapes, pixel_batch
+from cogvideox_diff.training.data import (
+    LatentClips,
+    PixelBatches,
+    clearest,
+    encode_shapes,
+    pixel_batch,
+    unit_scale,
+)
 from cogvideox_diff.training.finetune import FinetuneConfig, Samples, objective, trainable
 from cogvideox_diff.training.objective import diffusion_loss, loss_by_timestep, summed
 from cogvideox_diff.training.pack import num_tokens, packed_loss
+from cogvideox_diff.training.samples import recipe_sampler
 from cogvideox_diff.training.timesteps import WHOLE, Share
 from cogvideox_diff.training.vae_gan import AdversarialVAE, GanConfig
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
-from shared.checkpoints import load_into, save_tensors
+from shared.checkpoints import load_into, load_tensors, save_tensors
 from shared.clips import shapes
 from shared.errors import SettingError, WeightsError
 from shared.losses import edge_weight
@@ -40,6 +47,7 @@ from shared.tokenizers.sentencepiece_training import T5_IDS, train_text_model
 from shared.tokenizers.t5 import T5Tokenizer
 from shared.training import Logs, Objective, TrainConfig, recipe_of, train
 from shared.training_parallel import ALONE, Strategy, whole_state
+from shared.video import Video
 
 STAGES = ("tokenizer", "vae", "latents", "transformer", "image_to_video")
 OPTIONAL = ("quality",)  # stages that "all" leaves out
@@ -78,6 +86,9 @@ class Recipe:
     vae: TrainConfig
     vae_phases: tuple[Phase, ...]
     transformer: TrainConfig
+    vae_clips: str = ""  # a list of clips that the codec learns instead of the demo world
+    vae_workers: int = 0  # processes that decode them
+    sample_prompt: str = ""  # a video of it is logged every `transformer.sample_every` steps
     clip_batch: int = 20
     still_batch: int = 20
     still_steps: int = 600  # first steps, which see stills alone, in batches three times as large
@@ -207,6 +218,7 @@ class Run:
             torch.no_grad()
         ):  # nearly no noise at first: at variance 1 nothing passes the bottleneck for long
             bias[config.latent_channels :] = -6
+        draw = self._clips_on_disk().batch if self.recipe.vae_clips else pixel_batch
         gan = self.recipe.vae_gan
         judged = AdversarialVAE(model, gan) if gan.active else None
         if judged is not None and self.strategy.parallel == "fsdp":
@@ -215,7 +227,7 @@ class Run:
         def loss(step: int) -> tuple[Tensor, Logs]:
             done = step // settings.accumulation
             phase = next(p for p in reversed(phases) if done >= p.begin * settings.steps)
-            pixels = pixel_batch(settings.seed, step, phase.batch, phase.num_frames).to(device)
+            pixels = draw(settings.seed, step, phase.batch, phase.num_frames).to(device)
             posterior = model.encode(pixels)
             noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
             decoded = model.decode(posterior.sample(noise.to(device)))
@@ -237,11 +249,19 @@ class Run:
         # its blocks are not functions of their arguments: a clip's context remembers its last piece
         plain = replace(self, strategy=replace(self.strategy, activation_checkpointing="none"))
         said = {"phases": str(phases)} | ({"gan": str(gan)} if gan.active else {})
+        said |= {"clips": self.recipe.vae_clips} if self.recipe.vae_clips else {}
         plain._train(judged or model, loss, settings, "vae", said, kept=model)
+
+    def _clips_on_disk(self) -> PixelBatches:
+        size, recipe = self.recipe.config.geometry, self.recipe
+        return PixelBatches(
+            Path(recipe.vae_clips), (size.height, size.width), float(size.fps),
+            stride=self.strategy.world.degree, num_workers=recipe.vae_workers,
+        )  # fmt: skip
 
     def vae(self) -> CausalVAE:
         model = CausalVAE(self.recipe.config.vae)
-        load_into(model, load_file(self.needed("vae/weights.safetensors", "vae")))
+        load_into(model, load_tensors(self.needed("vae/weights.safetensors", "vae")))
         return model.eval()
 
     # ---- latents
@@ -309,9 +329,14 @@ class Run:
 
         said = {"clips": recipe.clip_batch, "stills": recipe.still_batch, "scale": scale}
         more = {"resolutions": str(recipe.resolutions)} if recipe.resolutions else {}
-        self._train(
-            model, loss, settings, "transformer", said | more | ({"pack": True} if recipe.pack else {})
-        )
+        more |= {"pack": True} if recipe.pack else {}
+        sample = None
+        if recipe.sample_prompt:
+            words = self.folder / "tokenizer"
+            sample = recipe_sampler(
+                recipe.config, self.vae(), words, scale, recipe.sample_prompt, self.strategy
+            )
+        self._train(model, loss, settings, "transformer", said | more, sample=sample)
 
     def train_quality(self) -> None:
         """High-quality fine-tuning (paper section 3.1's last stage): the clearest clips alone."""
@@ -368,7 +393,7 @@ class Run:
         if not path.exists():
             return None
         model = trainable(self.joint_model().transformer, self.recipe.image_to_video)
-        load_into(model, load_file(path))
+        load_into(model, load_tensors(path))
         return model.eval()
 
     def joint_model(self, stage: str = "") -> JointModel:
@@ -376,7 +401,7 @@ class Run:
         refined = (self.folder / "quality" / "weights.safetensors").exists()
         stage = stage or ("quality" if refined else "transformer")
         model = JointModel(self.recipe.config, 0)
-        load_into(model, load_file(self.needed(f"{stage}/weights.safetensors", stage)))
+        load_into(model, load_tensors(self.needed(f"{stage}/weights.safetensors", stage)))
         return model.eval()
 
     def _train(
@@ -388,10 +413,12 @@ class Run:
         said: dict[str, Any],
         *,
         kept: nn.Module | None = None,
+        sample: Callable[[nn.Module, int], Mapping[str, Video]] | None = None,
     ) -> None:
         """`said`: what else than the settings identifies the run; `kept`: the part that is saved."""
         folder, recipe = self.folder / name, recipe_of(settings, **said)
-        train(model, loss, settings, folder, recipe=recipe, quiet=self.quiet, strategy=self.strategy)
+        train(model, loss, settings, folder, recipe=recipe, quiet=self.quiet, strategy=self.strategy,
+              sample=sample)  # fmt: skip
         self._save(kept or model, name)
 
     def _save(self, model: nn.Module, name: str) -> None:
@@ -404,28 +431,6 @@ class Run:
         if not path.exists():
             raise WeightsError(f"{path} is missing: run the stage {stage!r} first")
         return path
-
-
-def unit_scale(clips: LatentClips) -> float:
-    """What gives the latents unit variance around the background of their frame, to four digits.
-
-    The background makes up four fifths of the variance; measured with it, what tells one shape from
-    another would be under the noise for most of the timesteps."""
-    latents = clips.latents.float()
-    background = latents.flatten(3).median(-1).values[..., None, None]
-    return float(f"{1 / float((latents - background).std()):.4g}")
-
-
-def clearest(clips: LatentClips, share: float) -> LatentClips:
-    """The share of the clips whose latents differ most from their background: a score that needs no judge."""
-    if not 0 < share <= 1:
-        raise SettingError(f"quality_share must be above 0 and at most 1, got {share}")
-    latents = clips.latents.float()
-    background = latents.flatten(3).median(-1).values[..., None, None]
-    scores = (latents - background).square().flatten(1).mean(1)
-    best = scores.argsort(descending=True)[: max(1, round(share * len(clips)))].sort().values
-    captions = tuple(clips.captions[i] for i in best.tolist())
-    return LatentClips(latents=clips.latents[best], captions=captions)
 
 
 def _texts() -> set[str]:

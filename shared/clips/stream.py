@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count, cycle, islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,7 +22,8 @@ from shared.clips.dataset import Clip, Extent, even_count, even_indices, probe, 
 from shared.errors import BatchError, SettingError, UserError
 from shared.transforms import fit_video
 
-Tails = Literal["drop", "keep"]
+Tails = Literal["drop", "keep", "fill"]
+_Read = tuple[int, dict[str, Tensor] | None, str]  # number, sample, why there is none
 
 
 class Samples(Protocol):
@@ -37,8 +39,8 @@ class BatchPlan:
     """Which samples a step reads. `groups` has an entry per sample; `batch_size` is that of one rank.
 
     Every epoch draws a new order from (seed, epoch) alone. What does not fill a batch of all ranks waits for
-    another epoch's luck ("drop"), or makes a smaller batch ("keep", for one rank). SettingError where a group
-    would never be seen.
+    another epoch's luck ("drop"), makes a smaller batch ("keep", for one rank), or is filled up with samples
+    of its group that come twice ("fill"). SettingError where a group would never be seen.
     """
 
     groups: Sequence[Hashable]
@@ -64,9 +66,9 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        whole, keep = self._whole, self.tails == "keep"
+        whole, drop = self._whole, self.tails == "drop"
         return sum(
-            -(-len(places) // whole) if keep else len(places) // whole for places in self._members.values()
+            len(places) // whole if drop else -(-len(places) // whole) for places in self._members.values()
         )
 
     def batch(self, step: int) -> list[int]:
@@ -92,6 +94,8 @@ class BatchPlan:
             batches = []
             for places in self._members.values():
                 mixed = [places[i] for i in rng.permutation(len(places))]
+                if self.tails == "fill":
+                    mixed = list(islice(cycle(mixed), -(-len(mixed) // self._whole) * self._whole))
                 cut = [mixed[i : i + self._whole] for i in range(0, len(mixed), self._whole)]
                 batches += [b for b in cut if self.tails == "keep" or len(b) == self._whole]
             self._last.clear()
@@ -99,33 +103,74 @@ class BatchPlan:
         return self._last[epoch]
 
 
+class Plan(Protocol):
+    """Which samples a step reads, whatever was read before."""
+
+    def batch(self, step: int) -> list[int]: ...
+
+
 @dataclass(kw_only=True)
 class ClipStream:
     """Batches from `start_step` on, without end: pairs of the step and tensors stacked over the samples.
 
     A sample that cannot be read is replaced by the next one of its batch, so that batches keep their size;
-    `skipped` tells its number and why. BatchError where a whole batch cannot be read.
+    `skipped` tells its number and why. BatchError where a whole batch cannot be read. One of several
+    processes that share out the steps reads every `stride`-th; worker processes read ahead in that order.
     """
 
     samples: Samples
-    plan: BatchPlan
+    plan: Plan
     start_step: int = 0
+    stride: int = 1
     num_workers: int = 0
     skipped: dict[int, str] = field(default_factory=dict)
+    _ahead: Iterator[list[_Read]] | None = field(default=None, init=False, repr=False)
+    _next: int = field(default=-1, init=False, repr=False)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        loader = DataLoader(
-            _Readable(self.samples),
-            batch_sampler=_Steps(self.plan, self.start_step),
-            num_workers=self.num_workers,
-            collate_fn=list,
-        )
-        for step, read in enumerate(loader, self.start_step):
-            self.skipped |= {place: reason for place, sample, reason in read if sample is None}
-            good = [sample for _, sample, _ in read if sample is not None]
-            if not good:
-                raise BatchError(f"no sample of step {step} can be read: {read[0][2]}")
-            yield step, stacked(_replaced([sample for _, sample, _ in read], good))
+        for step in count(self.start_step, self.stride):
+            yield step, self.at(step)
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """The batch of any step; quickest where steps are asked for in their order."""
+        read = self._read(step)
+        good = self._good(step, read)
+        return stacked(_replaced([sample for _, sample, _ in read], good))
+
+    def rows_at(self, step: int) -> list[tuple[int, dict[str, Tensor]]]:
+        """As `at`, not stacked and with their numbers, so that sizes may differ; nothing stands in for what
+        cannot be read."""
+        read = self._read(step)
+        self._good(step, read)
+        return [(place, sample) for place, sample, _ in read if sample is not None]
+
+    def _read(self, step: int) -> list[_Read]:
+        if self._ahead is None or step != self._next:
+            loader = DataLoader(
+                _Readable(self.samples),
+                batch_sampler=_Steps(self.plan, step, self.stride),
+                num_workers=self.num_workers,
+                collate_fn=list,
+                generator=torch.Generator(),  # else the loader draws from the state that training uses
+            )
+            self._ahead = iter(loader)
+        self._next = step + self.stride
+        try:
+            return next(self._ahead)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"{str(error).splitlines()[0]} while reading batches (too little memory?); run it again, or "
+                "with fewer --num_workers"
+            ) from error
+
+    def _good(self, step: int, read: list[_Read]) -> list[dict[str, Tensor]]:
+        self.skipped |= {place: reason for place, sample, reason in read if sample is None}
+        good = [sample for _, sample, _ in read if sample is not None]
+        if not good:
+            raise BatchError(f"no sample of step {step} can be read: {read[0][2]}")
+        return good
 
 
 class PixelClips:
@@ -176,14 +221,11 @@ def _replaced(samples: Sequence[dict[str, Tensor] | None], good: Sequence[dict[s
 class _Steps(Sampler[list[int]]):
     """The plan as a loader reads it."""
 
-    def __init__(self, plan: BatchPlan, start: int) -> None:
-        self.plan, self.start = plan, start
+    def __init__(self, plan: Plan, start: int, stride: int) -> None:
+        self.plan, self.start, self.stride = plan, start, stride
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
-        while True:
-            yield self.plan.batch(step)
-            step += 1
+        return map(self.plan.batch, count(self.start, self.stride))
 
 
 class _Readable(Dataset):
@@ -195,7 +237,7 @@ class _Readable(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, place: int) -> tuple[int, dict[str, Tensor] | None, str]:
+    def __getitem__(self, place: int) -> _Read:
         try:
             return place, self.samples[place], ""
         except UserError as error:

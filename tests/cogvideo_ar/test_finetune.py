@@ -19,15 +19,16 @@ from cogvideo_ar.layout import keyframe_layout, training_batch
 from cogvideo_ar.parts import Parts, load_parts, save_parts
 from cogvideo_ar.training import objective, tuning
 from cogvideo_ar.training.precompute import TokenSamples
-from cogvideo_ar.training.tuning import Job, draw_batch, trainable
+from cogvideo_ar.training.tuning import Job, make_batch, trainable
 from cogvideo_ar.transformer import CogVideoTransformer
 from shared import training
 from shared.checkpoints import load_tensors
-from shared.errors import SettingError
+from shared.clips.stream import stacked
+from shared.errors import BatchError, SettingError
 from shared.training import Interrupted, TrainConfig
 from tests.cogvideo_ar.tiny import tiny_config, wild_model
 from tests.cogvideo_ar.tiny_pipeline import tiny_parts
-from tests.shared.clip_files import write_clips, write_metadata
+from tests.shared.clip_files import broken_files, world, write_clips, write_metadata
 
 CPU = torch.device("cpu")
 
@@ -81,7 +82,8 @@ def changed(before: torch.nn.Module, after: torch.nn.Module) -> set[str]:
 def test_the_base_is_frozen_and_the_temporal_channel_learns(
     model: Path, clips: Path, tmp_path: Path, stage: int, learning: str, other: str
 ) -> None:
-    assert finetune(model, clips, tmp_path, "--stage", stage) == 0
+    assert finetune(model, clips, tmp_path, "--stage", stage, "--sample_prompts", "a red circle") == 0
+    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["0000003-prompt-0.gif"]
     before, after = (load_parts(path, torch.float32, CPU) for path in (model, tmp_path / "model"))
     net: CogVideoTransformer = getattr(after, learning)
     names = changed(getattr(before, learning), net)
@@ -166,14 +168,15 @@ def test_batches_have_texts_with_their_rate_and_some_without_caption(
 ) -> None:
     job = job_of(model, tokens, tmp_path, batch=40, text_dropout=0.3)
     samples, texts = tuning._prepared(job)
-    batch = draw_batch(samples, texts, job, np.random.default_rng(0))
+    rows = stacked([samples[i % len(samples)] for i in range(40)])
+    batch = make_batch(rows, texts, job, np.random.default_rng(0))
     line, tokenizer = texts.tokenizer.id_of("<n>"), texts.tokenizer
     said = [row[valid].tolist() for row, valid in zip(batch.tokens[:, :28], batch.text_valid, strict=True)]
     times = {2.0: "2.0秒", 4.0: "1.0秒", 8.0: "0.5秒"}
     heads = {tuple(row[: row.index(line)]) for row in said}
     assert heads == {tuple(tokenizer.encode(text)) for text in times.values()}
     assert 4 < sum(row[-1] == line for row in said) < 22
-    again = draw_batch(samples, texts, job, np.random.default_rng(0))
+    again = make_batch(rows, texts, job, np.random.default_rng(0))
     assert torch.equal(again.tokens, batch.tokens)
     assert batch.labels.max() < 32 and bool(batch.loss_mask[:, 1:].all()) and not batch.loss_mask[:, 0].any()
 
@@ -205,13 +208,13 @@ def test_an_interrupted_run_resumes_exactly(
     model: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(model, tokens, tmp_path / "whole", stage=2)
-    whole = tuning.tune(job)
+    whole = tuning.tune(job).path
     job = replace(job, output=tmp_path / "parts")
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "train", stopped_train)
         with pytest.raises(Interrupted):
             tuning.tune(job)
-    resumed = tuning.tune(job)
+    resumed = tuning.tune(replace(job, num_workers=1)).path
     for name in ("keyframes", "interpolation"):
         file = f"{name}.safetensors"
         assert (resumed / file).read_bytes() == (whole / file).read_bytes()
@@ -254,6 +257,28 @@ def test_samples_that_do_not_fit_are_refused(model: Path, tokens: Path, tmp_path
         (tmp_path / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(SettingError, match=message):
             job_of(model, tmp_path, tmp_path, stage=2).check()
+
+
+def test_files_that_cannot_be_read_are_left_out_and_told(model: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = world(tmp_path / "clips", 2)
+    bad = broken_files(folder)
+    write_metadata(folder, dict.fromkeys([*bad, "videos/0.mkv", "videos/1.mkv"], "a red circle"))
+    assert finetune(model, folder, tmp_path / "out", "--json", "--num_workers", 1) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["num_skipped"] == len(said["skipped"]) and {row["video"] for row in said["skipped"]} <= set(
+        bad
+    )
+    assert len(said["skipped"]) >= 4 and all(row["reason"] for row in said["skipped"])
+    only = write_metadata(tmp_path / "only", {f"../clips/{bad[0]}": "words"})
+    assert finetune(model, only, tmp_path / "none") == 7 and "none of 1 clips" in capsys.readouterr().err
+    shard = next((tmp_path / "out" / "tokens" / "tokens").glob("*.safetensors"))
+    found = TokenSamples(tmp_path / "out" / "tokens")
+    stream = tuning.streamed(
+        tuning.StageSamples(samples=found, places=(0, 1)), job_of(model, folder, tmp_path)
+    )
+    shard.unlink()
+    with pytest.raises(BatchError, match="no sample of step 0 can be read"):
+        stream.at(0)
 
 
 def test_a_dry_run_trains_nothing(model: Path, clips: Path, tmp_path: Path, capsys: Any) -> None:

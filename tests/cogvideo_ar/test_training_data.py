@@ -194,6 +194,17 @@ def test_an_interrupted_stage_resumes_exactly(
     assert (tmp_path / output).read_bytes() == (finished / output).read_bytes()
 
 
+def test_samples_that_are_drawn_on_the_way_change_nothing(finished: Path, tmp_path: Path) -> None:
+    recipe = replace(tiny_recipe(), sample_prompt="a red circle")
+    recipe = replace(recipe, keyframes=replace(recipe.keyframes, sample_every=2))
+    run = recipes.Run(recipe, earlier_stages(finished, "keyframes", tmp_path), quiet=True)
+    run.stage("keyframes")
+    (output,) = OUTPUTS["keyframes"]
+    assert (tmp_path / output).read_bytes() == (finished / output).read_bytes()
+    drawn = sorted(path.name for path in (tmp_path / "keyframes" / "samples").iterdir())
+    assert drawn == ["0000002-prompt-0.gif", "0000003-prompt-0.gif"]
+
+
 def test_interrupted_tokens_start_again(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

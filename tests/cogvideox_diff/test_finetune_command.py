@@ -11,13 +11,16 @@ from PIL import Image
 
 from cogvideox_diff import CogVideoXPipeline
 from cogvideox_diff.__main__ import main
-from cogvideox_diff.training import clip_latents
+from cogvideox_diff.training import finetune
+from cogvideox_diff.training.precompute import LatentReader, Preparation
 from shared.checkpoints import load_tensors
 from shared.clips import shapes
 from shared.clips.buckets import parse_buckets
-from shared.errors import SettingError
+from shared.clips.dataset import read_clips
+from shared.clips.precompute import plan_clips
 from shared.video_io import write_video
 from tests.cogvideox_diff.tiny_pipeline import FRAMES, HEIGHT, PROMPT, WIDTH, make, write_tokenizer
+from tests.shared.clip_files import broken_files, world, write_metadata
 
 SIZE = ["--num_frames", str(FRAMES), "--height", str(HEIGHT), "--width", str(WIDTH)]
 QUICK = ["--steps", "2", "--rank", "2", "--device", "cpu", "--quiet"]
@@ -86,7 +89,7 @@ def test_clips_are_encoded_once_and_a_run_resumes(tmp_path: Path, monkeypatch: p
     def refuse(*_: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(clip_latents, "read_fitted", refuse)
+    monkeypatch.setattr(LatentReader, "read", refuse)
     assert tune(tmp_path, model, *SIZE, "--steps", "3") == 0
     log = (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()
     assert json.loads(log[-1])["step"] == 3
@@ -100,8 +103,72 @@ def test_images_and_clips_train_together_in_packs(tmp_path: Path) -> None:
     model = model_folder(tmp_path, "1.5")
     sizes = ["--sizes", "9x32x48", "1x32x32"]
     assert tune(tmp_path, model, *sizes, "--pack_tokens", "60") == 0
-    assert tune(tmp_path, model, *sizes) == 2  # different sizes make no plain batch
     assert tune(tmp_path, model, *sizes, "--pack_tokens", "20") == 2
+
+
+def test_a_batch_has_one_of_several_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data(tmp_path / "data", image=True)
+    model, seen = model_folder(tmp_path, "5b"), []
+    inner = finetune.diffusion_loss
+
+    def spy(model, schedule, x0, *more, **options):
+        seen.append(tuple(x0.shape[:2]))
+        return inner(model, schedule, x0, *more, **options)
+
+    monkeypatch.setattr(finetune, "diffusion_loss", spy)
+    sizes = ["--sizes", "9x32x48", "1x32x32", "--batch", "2", "--steps", "6"]
+    assert tune(tmp_path, model, *sizes) == 0
+    # an epoch: three clips of three latent frames, and a still
+    assert sorted(seen[:3]) == [(2, 1), (2, 3), (2, 3)]
+
+
+def test_files_that_cannot_be_read_are_left_out_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one with a good beginning, which shows only when it is decoded."""
+    folder = world(tmp_path / "data", 2)
+    bad = broken_files(folder)
+    write_metadata(folder, dict.fromkeys([*bad, "videos/0.mkv", "videos/1.mkv"], "a red circle"))
+    model = model_folder(tmp_path, "5b")
+    assert tune(tmp_path, model, "--dry_run", "--num_frames", "17", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["clips"] == 3 and len(told["unusable"]) == len(bad) - 1
+    assert tune(tmp_path, model, "--num_frames", "17", "--json", "--num_workers", "2") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["num_skipped"] == len(bad)
+    assert [row["video"] for row in told["skipped"]] == bad and all(row["reason"] for row in told["skipped"])
+    only = write_metadata(tmp_path / "only", {f"../data/{bad[0]}": "words"})
+    assert tune(tmp_path, model, "--data", str(only)) == 7
+    assert "none of 1 clips can be used" in capsys.readouterr().err
+
+
+def test_precomputed_clips_give_the_adapter_of_the_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever reads ahead: there is one cache, and one order of batches."""
+    folder, model = data(tmp_path / "data"), model_folder(tmp_path, "5b")
+    assert tune(tmp_path, model, *SIZE, "--num_workers", "2") == 0
+    words = ["--input_path", str(folder), "--output_path", str(tmp_path / "made"), "--model_path", str(model)]
+    size = ["--sizes", f"{FRAMES}x{HEIGHT}x{WIDTH}", "--frames", "finetune", "--device", "cpu", "--quiet"]
+    assert main(["precompute", *words, *size]) == 0
+    ours = tmp_path / "out" / "cache"
+    for path in ours.rglob("*.safetensors"):
+        assert (tmp_path / "made" / path.relative_to(ours)).read_bytes() == path.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("clips were read")
+
+    monkeypatch.setattr(LatentReader, "read", refuse)
+    made = ["--data", str(tmp_path / "made"), "--output_path", str(tmp_path / "again")]
+    assert tune(tmp_path, model, *made) == 0
+    names = [tmp_path / run / "pytorch_lora_weights.safetensors" for run in ("out", "again")]
+    first, second = (load_tensors(name) for name in names)
+    assert all(first[name].equal(second[name]) for name in first)
+    assert tune(tmp_path, model, *made, "--height", "32") == 2
+    assert "was precomputed" in capsys.readouterr().err
+    other = model_folder(tmp_path / "other", "1.5")
+    with pytest.warns(UserWarning, match="made with other weights"):
+        tune(tmp_path, other, *made)
 
 
 def test_mistakes_are_told_before_weights_are_read(
@@ -143,12 +210,18 @@ def test_a_clip_without_caption_and_an_image_model_are_refused(
 
 
 def test_clips_go_to_the_size_that_fits(tmp_path: Path) -> None:
-    folder = data(tmp_path / "data", 1, image=True)
-    sizes = parse_buckets(["9x32x48", "1x64x64"])
-    found = clip_latents.check_clips(folder, sizes)
-    assert [str(item.size) for item in found] == ["9x32x48", "1x64x64"]
-    cover, stretch = (clip_latents.read_fitted(found[0], fit) for fit in ("cover", "stretch"))
-    assert cover.frames.shape == stretch.frames.shape == (9, 32, 48, 3)
-    assert not torch.equal(cover.frames, stretch.frames)
-    with pytest.raises(SettingError):
-        clip_latents.check_clips(tmp_path, sizes)
+    clips = read_clips(data(tmp_path / "data", 1, image=True))
+    frames = []
+    for fit in ("cover", "stretch"):
+        preparation = Preparation(
+            buckets=parse_buckets(["9x32x48", "1x64x64"]), fps=8.0, frames="finetune", fit=fit
+        )  # fmt: skip
+        reader = LatentReader(preparation=preparation)
+        plans = [planned.plan for planned in plan_clips(clips, reader, quiet=True)]
+        assert [plan["bucket"] for plan in plans if plan] == ["9x32x48", "1x64x64"]
+        frames.append(
+            [reader.read(clip, plan).frames for clip, plan in zip(clips, plans, strict=True) if plan]
+        )
+    (cover, still), (stretch, _) = frames
+    assert cover.shape == stretch.shape == (9, 32, 48, 3) and still.shape == (1, 64, 64, 3)
+    assert not torch.equal(cover, stretch)

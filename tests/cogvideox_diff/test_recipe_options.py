@@ -20,6 +20,7 @@ from cogvideox_diff.training.vae_gan import GanConfig
 from shared.clips import shapes
 from shared.errors import SettingError
 from shared.training import Interrupted, TrainConfig
+from tests.shared.clip_files import world
 
 QUICK = TrainConfig(steps=4, lr=1e-3, warmup_steps=1, log_every=1)
 
@@ -119,6 +120,19 @@ def test_the_log_tells_losses_by_timestep_and_tokens(prepared: Path, tmp_path: P
         assert line["tokens_per_second"] > 5 * line["samples_per_second"]
 
 
+def test_samples_that_are_drawn_on_the_way_change_nothing(prepared: Path, tmp_path: Path) -> None:
+    weights = []
+    for name, options in (("plain", {}), ("drawn", {"sample_prompt": "a red circle"})):
+        (tmp_path / name).mkdir()
+        run = run_in(prepared, tmp_path / name, **options)
+        run = replace(run, recipe=replace(run.recipe, transformer=replace(QUICK, sample_every=3)))
+        run.stage("transformer")
+        weights.append((run.folder / "transformer" / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    drawn = sorted(path.name for path in (tmp_path / "drawn" / "transformer" / "samples").iterdir())
+    assert drawn == ["0000003-prompt-0.gif", "0000004-prompt-0.gif"]
+
+
 def test_the_quality_stage_goes_on_from_the_transformer(prepared: Path, tmp_path: Path) -> None:
     """Its weights, which are averages, are then the model's."""
     run = run_in(prepared, tmp_path)
@@ -130,6 +144,27 @@ def test_the_quality_stage_goes_on_from_the_transformer(prepared: Path, tmp_path
     assert 0 < moved < 5e-3
     assert "quality" not in recipes.STAGES  # the demo's recipe stays as it was
     assert state["ema"] is not None
+
+
+def test_the_codec_learns_clips_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the sizes of its phases, decoded by whom it may be; a damaged file is passed over."""
+    world(tmp_path / "clips", 3, num_frames=9)
+    (tmp_path / "clips" / "videos" / "1.mkv").write_bytes(b"no video")
+    seen, weights, inner = [], [], recipes.CausalVAE.encode
+
+    def spy(self: Any, pixels: Tensor, **options: Any) -> Any:
+        seen.append(tuple(pixels.shape))
+        return inner(self, pixels, **options)
+
+    monkeypatch.setattr(recipes.CausalVAE, "encode", spy)
+    for workers in (0, 1):
+        recipe = tiny_recipe(vae_clips=str(tmp_path / "clips"), vae_workers=workers)
+        first, second = recipe.vae_phases
+        recipe = replace(recipe, vae_phases=(first, replace(second, num_frames=9)))
+        Run(recipe, tmp_path / str(workers), quiet=True).stage("vae")
+        weights.append(load_file(tmp_path / str(workers) / "vae" / "weights.safetensors"))
+    assert seen[:4] == [(1, 3, 1, 64, 64)] * 2 + [(1, 3, 9, 64, 64)] * 2
+    assert all(weights[0][name].equal(x) for name, x in weights[1].items())
 
 
 def test_the_clearest_clips_are_those_that_stand_out() -> None:

@@ -21,6 +21,10 @@ from tests.distributed.launch import run_program
 from tests.shared.clip_files import write_clips, write_metadata
 
 pytestmark = pytest.mark.distributed
+# Of the largest change: float32 sums in another order, through two steps of Adam, which brings small
+# gradients and their rounding up to the size of a step. Measured: 9e-6 in one matrix of queries, below 3e-6
+# in all others.
+ROUNDING = 5e-5
 STEPS = ["--steps", 2, "--accumulation", 2, "--lr", 1e-2, "--warmup_steps", 1, "--device", "cpu", "--json"]
 
 
@@ -55,7 +59,7 @@ def test_two_processes_come_to_the_adapter_of_one(tmp_path: Path) -> None:
     alone = adapter("alone", "none")
     moved = max(float(x.abs().max()) for name, x in alone.items() if "lora_B" in name)
     assert moved > 1e-3
-    check_same(adapter("fsdp", "fsdp"), alone, 1e-2 * moved)
+    check_same(adapter("fsdp", "fsdp"), alone, ROUNDING * moved)
 
 
 def test_two_processes_come_to_the_stage_of_one(tmp_path: Path) -> None:

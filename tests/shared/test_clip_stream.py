@@ -57,6 +57,26 @@ def test_an_epoch_sees_every_sample_once_and_batches_have_one_group() -> None:
     assert epochs[0] != epochs[1]
 
 
+def test_a_last_batch_is_filled_up() -> None:
+    plan = BatchPlan(GROUPS, 5, seed=1, tails="fill")
+    batches = [plan.batch(step) for step in range(5)]
+    assert plan.steps_per_epoch == 3 + 2
+    assert all(len(batch) == len(set(batch)) == 5 for batch in batches)
+    assert {i for batch in batches for i in batch} == set(range(18))
+    assert all(len({GROUPS[i] for i in batch}) == 1 for batch in batches)
+    few = BatchPlan(["one"] * 2, 5, tails="fill").batch(0)
+    assert len(few) == 5 and set(few) == {0, 1}
+
+
+def test_processes_that_share_out_the_steps_read_every_other_one() -> None:
+    """Also when a step is asked for out of its order, as after a resume."""
+    plan = BatchPlan(GROUPS, 2, seed=3)
+    stream = ClipStream(samples=Numbered(18), plan=plan, start_step=1, stride=2)
+    assert read(stream, 3) == [(step, plan.batch(step)) for step in (1, 3, 5)]
+    for step in (7, 9, 2, 4, 4):
+        assert stream.at(step)["number"].tolist() == plan.batch(step)
+
+
 def test_ranks_share_a_batch_of_one_group_and_no_sample() -> None:
     plans = [BatchPlan(GROUPS, 2, seed=5, rank=rank, world_size=3) for rank in range(3)]
     assert plans[0].steps_per_epoch == 2  # 1 of 11 // 6 and 1 of 7 // 6
