@@ -1,4 +1,5 @@
-"""Arms of the autoregressive model: at which frame rates it learns, and what learns above the image model.
+"""Arms of the autoregressive model: at which frame rates it learns and whether the text tells them, what
+learns above the image model, and how far the temporal channel sees.
 
 Tokens come from the shipped image codec. One small image model (the base channel) is trained on single
 frames; every arm starts from it and learns key frames. The arms of one seed see the same clips in the same
@@ -9,10 +10,11 @@ Legend: B batch, F frames, S tokens of a frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +59,7 @@ class World:
     parts: Parts
     clips: TokenClips
     base: dict[str, Tensor]
+    told: bool = True  # the text begins with the sample's own frame rate, else always with the middle one's
 
 
 def load_world(settings: Settings, folder: Path) -> World:
@@ -101,24 +104,35 @@ def train_base(world: World) -> dict[str, Tensor]:
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     rates: bool = True  # hierarchical frame rates
-    dual: bool = True  # frozen base channel and a temporal channel that learns
+    dual: bool = True  # a temporal channel beside the base channel
+    frozen: bool = True  # the base channel does not learn (where there are two)
+    told: bool = True  # the frame rate is told
+    channel: Mapping[str, Any] = field(default_factory=dict)  # of the temporal channel, if not "full"
 
 
-ARMS = {"dual-rates": Arm(), "dual-one-rate": Arm(rates=False), "single-rates": Arm(dual=False)}
+ARMS = {
+    "dual-rates": Arm(),
+    "dual-one-rate": Arm(rates=False),
+    "single-rates": Arm(dual=False),
+    "dual-all": Arm(frozen=False),
+    "dual-untold": Arm(told=False),
+    "dual-window": Arm(channel={"temporal": "window", "window": 4}),
+    "dual-local": Arm(channel={"temporal": "local", "extent": (5, 2, 2)}),
+}
 
 
 def run_arm(world: World, name: str, seed: int) -> Outcome:
     """Train one arm and measure it."""
     arm, settings = ARMS[name], world.settings
+    world = replace(world, told=arm.told, config=replace(world.config, **arm.channel))
     torch.manual_seed(seed)
     model = CogVideoTransformer(world.config)
     load_into(model, world.base)
     model.init_temporal_from_base()
-    if arm.dual:
-        for _, parameter in model.base_parameters():
-            parameter.requires_grad = False
-    else:
+    if not arm.dual:
         merge_channels(model)
+    for _, parameter in model.base_parameters() if arm.dual and arm.frozen else ():
+        parameter.requires_grad = False
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 1, step])
@@ -189,6 +203,8 @@ def clip_batch(world: World, texts: Sequence[str], samples: Sequence[Sample]) ->
 
 
 def seconds(world: World, stride: int) -> float:
+    """What the text says; an arm that is not told says the same of every clip."""
+    stride = stride if world.told else FIXED
     return float(duration_text(stride, world.config.num_frames, shapes.FPS))
 
 

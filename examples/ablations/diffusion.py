@@ -1,5 +1,5 @@
-"""Arms of the diffusion model: where timesteps are drawn, which tokens attend to each other, and whether
-clips of several lengths share a step.
+"""Arms of the diffusion model: where timesteps are drawn, which tokens attend to each other, which clips
+share a step or come first, and whether the noisiest timestep still shows the clip.
 
 Latents come from the shipped VAE and captions from the shipped text encoder, which stays frozen; the expert
 transformer is new in every run. The arms of one seed share initial weights, clips, captions and noise.
@@ -9,6 +9,7 @@ Legend: B batch, T latent frames, C channels, H/W latent rows/columns, S joint t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.formats import load_parts, open_folder
 from cogvideox_diff.schedule import NoiseSchedule
+from cogvideox_diff.schedulers import DDIMScheduler, make_levels
 from cogvideox_diff.text_encoder import encode_prompts
 from cogvideox_diff.training.data import LatentClips, encode_shapes
 from cogvideox_diff.training.objective import diffusion_loss
@@ -34,6 +36,9 @@ from shared.tokenizers.t5 import T5Tokenizer
 
 EVALUATED = range(50, 1000, 100)  # timesteps of the held-out loss
 BINS = {f"{low}..{low + 199}": range(low, low + 200) for low in range(0, 1000, 200)}
+AT_REST = 48  # batches whose losses are compared once the weights no longer move
+SAMPLING_STEPS = 12
+SMALL = 32  # pixels, where the full size is 64
 MOTION_FROM = 500  # above it the input shows little of where things are
 LENGTHS = (1, 2, 3, 5)  # latent frames of the packed arm's clips: 1, 5, 9, 17 frames
 CHUNK = 48
@@ -48,16 +53,22 @@ class World:
     clips: LatentClips
     scale: float
     features: dict[str, Tensor]  # of every caption [L, D]
+    small: Callable[[], LatentClips]  # the same clips, half as high and wide; encoded when first asked for
 
 
 def load_world(settings: Settings, folder: Path) -> World:
     """Clips are encoded with the shipped VAE, once per `folder`."""
     model = open_folder("demo")
     parts = load_parts(model, torch.float32)
-    path = folder / "latents.safetensors"
-    clips = encode_shapes(
-        parts.vae, path, num_clips=settings.num_clips, seed=1, num_frames=shapes.NUM_FRAMES, quiet=True
+    encode = partial(
+        encode_shapes,
+        parts.vae,
+        num_clips=settings.num_clips,
+        seed=1,
+        num_frames=shapes.NUM_FRAMES,
+        quiet=True,
     )
+    clips = encode(folder / "latents.safetensors")
     texts = ["", *sorted({c.text for c in shapes.captions()})]
     tokenizer = T5Tokenizer(model.tokenizer, text_len=model.config.text.text_len)
     features, _ = encode_prompts(parts.text_encoder, tokenizer, texts)
@@ -68,6 +79,7 @@ def load_world(settings: Settings, folder: Path) -> World:
         clips=clips,
         scale=unit_scale(clips),
         features=dict(zip(texts, features, strict=True)),
+        small=cache(partial(encode, folder / f"latents-{SMALL}.safetensors", size=SMALL)),
     )
 
 
@@ -76,6 +88,11 @@ class Arm:
     uniform: bool = True  # Explicit Uniform Sampling
     separated: bool = False  # attention inside a frame and along time in turn
     packed: bool = False  # clips of several lengths, as many as fill the tokens of a step
+    zero_snr: bool = True  # the last timestep is noise alone
+    progressive: bool = (
+        False  # the first half of the steps on small clips, as many as fill the tokens of a step
+    )
+    joint: bool = False  # a quarter of a step's tokens are stills
 
 
 ARMS = {
@@ -83,6 +100,9 @@ ARMS = {
     "full-independent": Arm(uniform=False),
     "separated-uniform": Arm(separated=True),
     "packed-uniform": Arm(packed=True),
+    "full-some-snr": Arm(zero_snr=False),
+    "progressive": Arm(progressive=True),
+    "joint": Arm(joint=True),
 }
 
 
@@ -93,28 +113,68 @@ def run_arm(world: World, name: str, seed: int) -> Outcome:
     model.init_weights(torch.Generator().manual_seed(seed), zero_modulation=True)
     if arm.separated:
         separate(model)
-    schedule = NoiseSchedule.from_config(world.config.schedule)
+    schedule = NoiseSchedule.from_config(replace(world.config.schedule, zero_terminal_snr=arm.zero_snr))
     config = settings.train_config(settings.diffusion_steps, seed, lr=4e-3, muon_lr=2e-2)
-    if arm.packed:
-        loss = partial(pack_loss, world, model, schedule, pack_plan(world, seed), seed)
-    else:
-        loss = partial(batch_loss, world, model, schedule, arm, seed)
-    losses, seconds = fit(model, loss, config)
-    figures = (
-        {"spread": [spread(losses)]} | held_out(world, model, schedule) | by_length(world, model, schedule)
-    )
+    losses, seconds = fit(model, loss_of(world, model, schedule, arm, seed), config)
+    at_rest = spread_at_rest(partial(batch_loss, world, model, schedule, arm, seed))
+    figures = {"spread": [spread(losses)], "spread at rest": [at_rest]} | generated(world, model, schedule)
+    figures |= held_out(world, model, schedule) | by_length(world, model, schedule)
     return Outcome(arm=name, seed=seed, figures=figures, trained=num_trained(model), seconds_per_step=seconds)
 
 
+def loss_of(
+    world: World, model: ExpertTransformer, schedule: NoiseSchedule, arm: Arm, seed: int
+) -> Callable[[int], Tensor]:
+    """What the arm minimises in a step."""
+    plain = partial(batch_loss, world, model, schedule, arm, seed)
+    if arm.packed:
+        return partial(pack_loss, world, model, schedule, pack_plan(world, seed), seed)
+    if arm.joint:
+        return partial(joint_loss, plain, world)
+    if arm.progressive:
+        small = partial(plain, clips=world.small(), size=small_batch(world))
+        return lambda step: (small if 2 * step < world.settings.diffusion_steps else plain)(step)
+    return plain
+
+
+def small_batch(world: World) -> int:
+    """How many small clips have the tokens of a step."""
+    config = world.config.transformer
+    latents = (world.clips.latents, world.small().latents)
+    whole, small = (num_tokens(x.shape[1:], config.text_len, config.patch_size) for x in latents)
+    return world.settings.diffusion_batch * whole // small
+
+
+def joint_loss(plain: Callable[..., Tensor], world: World, step: int) -> Tensor:
+    """As the demo's recipe: the clips' loss and half of the stills', which are clips' first latent frames; as
+    many of each as fill a step's tokens."""
+    size = round(
+        0.75 * world.settings.diffusion_batch
+    )  # a still has a third of a clip's tokens, text included
+    first = replace(world.clips, latents=world.clips.latents[:, :1])
+    return plain(step, size=size) + 0.5 * plain(step, clips=first, size=size, stream=1)
+
+
 def batch_loss(
-    world: World, model: ExpertTransformer, schedule: NoiseSchedule, arm: Arm, seed: int, step: int
+    world: World,
+    model: ExpertTransformer,
+    schedule: NoiseSchedule,
+    arm: Arm,
+    seed: int,
+    step: int,
+    *,
+    clips: LatentClips | None = None,
+    size: int = 0,
+    stream: int = 0,
 ) -> Tensor:
-    """Mean loss of a step; everything but the timesteps is the same in all arms of a seed."""
-    rng, size = np.random.default_rng([seed, step]), world.settings.diffusion_batch
-    picks = rng.integers(len(world.clips) - world.settings.num_held, size=size)
+    """Mean loss of `size` clips (0: the settings' number) in a step; everything but the timesteps is the same
+    in all arms of a seed that take the same clips."""
+    clips, size = clips or world.clips, size or world.settings.diffusion_batch
+    rng = np.random.default_rng([seed, step, stream] if stream else [seed, step])
+    picks = rng.integers(len(clips) - world.settings.num_held, size=size)
     dropped = rng.random(size) < TEXT_DROPOUT
-    captions = ["" if no else world.clips.captions[i].text for i, no in zip(picks, dropped, strict=True)]
-    x0 = world.clips.latents[torch.from_numpy(picks)].float() * world.scale
+    captions = ["" if no else clips.captions[i].text for i, no in zip(picks, dropped, strict=True)]
+    x0 = clips.latents[torch.from_numpy(picks)].float() * world.scale
     noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
     if arm.uniform:
         steps = WHOLE.spread(size, rng, schedule.num_timesteps)
@@ -196,6 +256,32 @@ def spread(losses: list[float]) -> float:
     mean; from differences of neighbours (von Neumann 1941), which a slow fall does not touch."""
     late = np.array(losses[len(losses) // 2 :])
     return float(np.sqrt(np.square(np.diff(late)).mean() / 2) / late.mean()) if len(late) > 1 else 0.0
+
+
+@torch.no_grad()
+def spread_at_rest(loss: Callable[[int], Tensor]) -> float:
+    """Relative standard deviation of the losses of many batches under weights that no longer move: what the
+    draw of the timesteps adds to that of the clips and of the noise."""
+    losses = np.array([float(loss(1_000_000 + i)) for i in range(AT_REST)])
+    return float(losses.std(ddof=1) / losses.mean())
+
+
+@torch.no_grad()
+def generated(world: World, model: ExpertTransformer, schedule: NoiseSchedule) -> Figures:
+    """Videos made from noise for the held-out captions, without guidance: squared error of the background's
+    latents, relative to that of always giving the mean background."""
+    x0, text, captions = held_clips(world)
+    solver = DDIMScheduler(make_levels(schedule, SAMPLING_STEPS, "diffusers"))
+    x = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    for i, t in enumerate(solver.timesteps):
+        clean = solver.to_x0(x, velocities(model, x, text, torch.full((len(x),), t)), i)
+        x, _ = solver.step(x, clean, i, None, torch.randn_like)
+    made, true = (z.flatten(3).median(-1).values.mean(1) for z in (x, x0))  # [N, C]
+    grounds = {c.background for c in captions}
+    means = {g: true[[c.background == g for c in captions]].mean(0) for g in grounds}
+    wanted = torch.stack([means[c.background] for c in captions])
+    guess = (wanted - wanted.mean(0)).square().mean()
+    return {"background error": ((made - wanted).square().mean(1) / guess).tolist()}
 
 
 @torch.no_grad()

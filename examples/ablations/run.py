@@ -42,7 +42,8 @@ def run(
     for seed in range(seeds):
         for arm in arms:
             measure = partial(_measure, load, arm, seed)
-            made = run_once(arm, seed, settings, folder / "runs", measure)
+            needed = {m.name for c in chosen if arm in (c.idea, c.without) for m in c.measures}
+            made = run_once(arm, seed, settings, folder / "runs", measure, needed=needed)
             outcomes.setdefault(arm, []).append(made)
             say(f"{arm}, seed {seed}: held-out loss {_mean(made.figures['loss']):.4f}")
     results = {c.name: compared(c, outcomes[c.idea], outcomes[c.without]) for c in chosen}

@@ -39,6 +39,9 @@ class Comparison:
 LOSS = Measure(name="loss", words="held-out loss")
 BIN_NAMES = ("0..199", "200..399", "400..599", "600..799", "800..999")
 STRIDES = (1, 2, 3, 4)
+BIN_LOSSES = tuple(Measure(name=f"loss {b}", words=f"held-out loss, timesteps {b}") for b in BIN_NAMES)
+MOTION_ERROR = Measure(name="motion error", words="error of the motion")
+IMAGE_LOSS = Measure(name="image loss", words="held-out loss of single images")
 RIGHT = tuple(
     Measure(name=f"motion and speed right, stride {s}", words=f"motion and speed right, stride {s}", sign=1)
     for s in (4,)
@@ -53,9 +56,12 @@ COMPARISONS = {
             without="full-independent",
             labels=("uniform", "independent"),
             measures=(
+                Measure(
+                    name="spread at rest", words="spread of batches' losses under fixed weights, relative"
+                ),
                 Measure(name="spread", words="spread of the training loss, relative"),
                 LOSS,
-                *(Measure(name=f"loss {b}", words=f"held-out loss, timesteps {b}") for b in BIN_NAMES),
+                *BIN_LOSSES,
             ),
         ),
         Comparison(
@@ -66,8 +72,8 @@ COMPARISONS = {
             labels=("3D full", "space and time in turn"),
             measures=(
                 LOSS,
-                *(Measure(name=f"loss {b}", words=f"held-out loss, timesteps {b}") for b in BIN_NAMES),
-                Measure(name="motion error", words="error of the motion"),
+                *BIN_LOSSES,
+                MOTION_ERROR,
             ),
         ),
         Comparison(
@@ -80,6 +86,30 @@ COMPARISONS = {
                 Measure(name=f"loss frames {n}", words=f"held-out loss, length {4 * n - 3}")
                 for n in (1, 2, 3, 5)
             ),
+        ),
+        Comparison(
+            name="zero_snr",
+            title="Zero terminal SNR",
+            idea="full-uniform",
+            without="full-some-snr",
+            labels=("zero", "as the betas leave it"),
+            measures=(Measure(name="background error", words="error of the generated background"),),
+        ),
+        Comparison(
+            name="progressive",
+            title="Progressive resolution",
+            idea="progressive",
+            without="full-uniform",
+            labels=("half size, then full", "full size"),
+            measures=(LOSS, *BIN_LOSSES, MOTION_ERROR),
+        ),
+        Comparison(
+            name="joint",
+            title="Joint image and video training",
+            idea="joint",
+            without="full-uniform",
+            labels=("clips and stills", "clips alone"),
+            measures=(LOSS, Measure(name="loss frames 1", words="held-out loss, length 1"), MOTION_ERROR),
         ),
         Comparison(
             name="frame_rates",
@@ -100,9 +130,45 @@ COMPARISONS = {
             labels=("two channels, base frozen", "one channel, all trained"),
             measures=(
                 LOSS,
-                Measure(name="image loss", words="held-out loss of single images"),
+                IMAGE_LOSS,
                 *RIGHT,
             ),
+        ),
+        Comparison(
+            name="frame_rate_token",
+            title="Frame-rate token",
+            idea="dual-rates",
+            without="dual-untold",
+            labels=("rate in the text", "always the same text"),
+            measures=(
+                LOSS,
+                *(Measure(name=f"loss stride {s}", words=f"held-out loss, stride {s}") for s in (1, 2, 4)),
+                *RIGHT,
+            ),
+        ),
+        Comparison(
+            name="frozen_base",
+            title="Frozen base channel",
+            idea="dual-rates",
+            without="dual-all",
+            labels=("two channels, base frozen", "two channels, all trained"),
+            measures=(LOSS, IMAGE_LOSS, *RIGHT),
+        ),
+        Comparison(
+            name="window_channel",
+            title="Shifted windows in the temporal channel",
+            idea="dual-window",
+            without="dual-rates",
+            labels=("windows of 4 x 4", "all places"),
+            measures=(LOSS, *RIGHT),
+        ),
+        Comparison(
+            name="local_channel",
+            title="Local neighbourhood in the temporal channel",
+            idea="dual-local",
+            without="dual-rates",
+            labels=("3 x 3 places", "all places"),
+            measures=(LOSS, *RIGHT),
         ),
     )
 }

@@ -49,7 +49,9 @@ def test_everything_runs_and_is_not_repeated(code: SimpleNamespace, tmp_path: Pa
     said: list[str] = []
     arguments = (code.summary.COMPARISONS.values(), 1, tmp_path, tiny(code))
     content = code.run.run(*arguments, said.append)
-    assert len(said) == 7 and set(content["comparisons"]) == set(code.summary.COMPARISONS)
+    assert len(said) == len(code.run.ARMS) == 14 and set(content["comparisons"]) == set(
+        code.summary.COMPARISONS
+    )
     for result in content["comparisons"].values():
         for m in result["measures"]:
             assert m["seeds"] == 1 and m["over_seeds"] is None and m["verdict"] == "open"
@@ -73,6 +75,9 @@ def test_other_settings_are_run_again(code: SimpleNamespace, tmp_path: Path):
     for used in (settings, settings, replace(settings, ar_steps=3)):
         assert code.kit.run_once("a", 0, used, tmp_path, measure).figures == {"loss": [1.0]}
     assert len(calls) == 2
+    for needed, runs in (({"loss"}, 2), ({"loss", "another"}, 3)):  # a measure that came later
+        code.kit.run_once("a", 0, replace(settings, ar_steps=3), tmp_path, measure, needed=needed)
+        assert len(calls) == runs
 
 
 # ---- arms
@@ -127,6 +132,47 @@ def test_arms_of_a_seed_differ_in_timesteps_alone(code: SimpleNamespace, monkeyp
     uniform, independent = seen
     assert all(torch.equal(a, b) for a, b in zip(uniform[:3], independent[:3], strict=True))
     assert (uniform[3] // 125).tolist() == [*range(8)] != (independent[3].sort().values // 125).tolist()
+
+
+def test_small_clips_and_stills_fill_the_tokens_of_a_step(
+    code: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    captions = tuple(code.diffusion.shapes.prompts("train", 6))
+    whole, small = (
+        code.diffusion.LatentClips(latents=torch.randn(6, 5, 16, side, side), captions=captions)
+        for side in (8, 4)
+    )
+    world = SimpleNamespace(
+        settings=replace(tiny(code), diffusion_batch=16, diffusion_steps=4, num_held=2),
+        config=cogvideox_demo(),
+        clips=whole,
+        small=lambda: small,
+        features={c.text: torch.zeros(16, 4) for c in captions} | {"": torch.zeros(16, 4)},
+        scale=1.0,
+    )
+    seen: list[tuple[int, ...]] = []
+
+    def loss(model, schedule, x0, *more):
+        seen.append((len(x0), x0.shape[1], x0.shape[-1]))
+        return torch.zeros(len(x0))
+
+    monkeypatch.setattr(code.diffusion, "diffusion_loss", loss)
+    schedule = NoiseSchedule.from_config(cogvideox_demo().schedule)
+    for arm in ("progressive", "joint"):
+        step_of = code.diffusion.loss_of(world, None, schedule, code.diffusion.ARMS[arm], 0)
+        for step in range(4):
+            step_of(step)
+    tokens = 16 * (16 + 5 * 16)  # text, and five frames of 4 x 4 patches
+    assert seen[:4] == [(tokens // (16 + 5 * 4), 5, 4)] * 2 + [(16, 5, 8)] * 2
+    assert seen[4:] == [(12, 5, 8), (12, 1, 8)] * 4 and 12 * (16 + 5 * 16) + 12 * (16 + 16) == tokens
+
+
+def test_an_arm_that_is_not_told_reads_one_text_for_all_rates(code: SimpleNamespace):
+    world = SimpleNamespace(told=True, config=cogvideo_demo().keyframes)
+    said = [code.autoregressive.seconds(world, stride) for stride in (1, 2, 4)]
+    assert said == [0.5, 1.0, 2.0]
+    world.told = False
+    assert [code.autoregressive.seconds(world, stride) for stride in (1, 2, 4)] == [1.0] * 3
 
 
 def test_packs_fill_the_tokens_of_a_step_with_clips_of_all_lengths(code: SimpleNamespace):
