@@ -13,6 +13,7 @@ from torch import Tensor
 from cogvideo_ar.config import SamplingConfig
 from cogvideo_ar.generation import StageSamplers, draw_uniforms, generate_tokens
 from cogvideo_ar.layout import PromptTokenizer, image_layout, keyframe_layout, prompt_tokens
+from cogvideo_ar.speculation import generate_tokens_with_guesses
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.wavefront import generate_tokens_in_waves
 
@@ -68,8 +69,10 @@ def generate_keyframes(
     layout = keyframe_layout(model.config, text_len, num_frames=num_frames, num_given=num_given)
     targets = (layout.num_frames - layout.num_given) * layout.frame_len
     uniforms = draw_uniforms(generators, targets)
-    # the full temporal channel depends on whole frames: nothing to be gained by waves
-    generate = generate_tokens if model.config.temporal == "full" else generate_tokens_in_waves
+    generate = generate_tokens_in_waves
+    if model.config.temporal == "full":  # it depends on whole frames: nothing to be gained by waves
+        guess = len(prompts) == 1 and num_given > 0
+        generate = generate_tokens_with_guesses if guess else generate_tokens
     return generate(
         model,
         layout,

@@ -41,6 +41,7 @@ class CogLMSampler:
         self.temperature, self.top_k, self.temperature2 = temperature, top_k, temperature2
         self.invalid = tuple(invalid)
         self.order_V: Tensor | None = None  # tokens sorted by cluster
+        self.largest = 1  # tokens of the largest cluster
         self.starts_K1 = torch.zeros(
             0, dtype=torch.long
         )  # first sorted token of each cluster, and V behind them
@@ -61,7 +62,7 @@ class CogLMSampler:
         cluster_B = kept_BM.gather(1, draw_index(masses_BM, uniforms[:, 0])[:, None])[:, 0]
         if self.order_V is None:
             return cluster_B
-        return self.order_V[draw_index(self._within(z_BV, cluster_B), uniforms[:, 1])]
+        return self.order_V[self._draw_within(z_BV, cluster_B, uniforms[:, 1])]
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """Exact probability of every token, float64 [B, V]: its cluster's share of the kept mass, times the
@@ -82,6 +83,7 @@ class CogLMSampler:
         sorted_labels, self.order_V = labels.long().sort(stable=True)
         clusters = torch.arange(int(sorted_labels[-1]) + 2, device=labels.device)
         self.starts_K1 = torch.searchsorted(sorted_labels, clusters)
+        self.largest = int(self.starts_K1.diff().max())
 
     def _scaled(self, logits_BV: Tensor) -> Tensor:
         """float64 logits over the temperature, sorted by cluster; invalid tokens at the bottom."""
@@ -102,10 +104,18 @@ class CogLMSampler:
         """Masses [B, M] of the kept clusters, largest first, and their numbers [B, M]."""
         masses = z_BV.softmax(1)
         if self.order_V is not None:
-            sums = torch.cat([masses.new_zeros(len(masses), 1), masses.cumsum(1)], 1)[:, self.starts_K1]
-            masses = sums.diff(dim=1)
+            sums_BK = masses.cumsum(1)[:, (self.starts_K1 - 1).clamp(min=0)]
+            masses = sums_BK.masked_fill_(self.starts_K1 == 0, 0.0).diff(dim=1)
         top = masses.topk(min(self.top_k, masses.shape[1]), dim=1)
         return top.values, top.indices
+
+    def _draw_within(self, z_BV: Tensor, cluster_B: Tensor, uniform_B: Tensor) -> Tensor:
+        """Sorted token drawn in each row's cluster: as by `_within`, without looking at the others."""
+        start_B1, stop_B1 = self.starts_K1[cluster_B, None], self.starts_K1[cluster_B + 1, None]
+        place_BS = start_B1 + torch.arange(self.largest, device=z_BV.device)
+        z_BS = z_BV.gather(1, place_BS.clamp(max=z_BV.shape[1] - 1)) / self.temperature2
+        inside_BS = z_BS.masked_fill(place_BS >= stop_B1, -torch.inf).softmax(1)
+        return start_B1[:, 0] + draw_index(inside_BS, uniform_B)
 
     def _within(self, z_BV: Tensor, cluster_B: Tensor) -> Tensor:
         """Probabilities [B, V] of the sorted tokens given each row's cluster."""

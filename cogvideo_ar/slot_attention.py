@@ -6,7 +6,7 @@ dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,14 @@ Place = tuple[int, int]  # (frame in the order of the sequence, slot)
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What one slot does in a channel: where its key goes, and which keys it sees, its own the last."""
+    """What one slot does in a channel: where its key goes, and which keys it sees, its own the last. Slots
+    behind one another may look together: `position` is then the first one's, `keys` the last one's."""
 
     region: int
     position: int
     keys: int | Tensor  # that many from the left of the region, or those at these positions
-    bias: Tensor | None  # broadcasts to [B, 1, 1, keys]
+    bias: Tensor | None  # broadcasts to [B, 1, slots, keys]
+    slots: int = 1
 
 
 class SlotAttention:
@@ -55,7 +57,7 @@ class SlotAttention:
         self.layout, self.base_only, self.num_lanes = layout, layout.base_only, 1
         text = text_bias(text_valid_BT, layout.text_len, text_weight, like)
         num_lost_B = _num_lost(layout, text_valid_BT, like, text_room)
-        self.lossy = num_lost_B is not None
+        self.lossy, self.like = num_lost_B is not None, like[:0]
         self.spatial_bias = _slot_bias(text, layout.text_len, layout.frame_len, num_lost_B, like)
         num_slots = layout.num_frames * layout.frame_len
         bias = _slot_bias(text, layout.text_len, num_slots, num_lost_B, like)
@@ -72,6 +74,9 @@ class SlotAttention:
             for frame, slot in wave
         ]
         self.temporal_looks = [[self._temporal_look(kind, *place) for place in wave] for kind in self.kinds]
+        if len(wave) > 1 and not self.lossy:
+            self.spatial_looks = joined(self.spatial_looks, self.like)
+            self.temporal_looks = [joined(looks, self.like) for looks in self.temporal_looks]
 
     def spatial(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> Tensor:
         assert cache is not None
@@ -96,21 +101,39 @@ class SlotAttention:
         return Look(region=region, position=position, keys=keys, bias=bias)
 
 
+def joined(looks: list[Look], like: Tensor) -> list[Look]:
+    """Neighbours that lie behind one another in a region become one look."""
+    done = looks[:1]
+    for look in looks[1:]:
+        last = done[-1]
+        follows = look.region == last.region and look.position == last.position + last.slots
+        if follows and isinstance(look.keys, int) and isinstance(last.keys, int):
+            done[-1] = replace(look, position=last.position, slots=last.slots + 1)
+        else:
+            done.append(look)
+    return [_causal(look, like) if look.slots > 1 else look for look in done]
+
+
+def _causal(look: Look, like: Tensor) -> Look:
+    """Every slot sees those before it and itself."""
+    assert isinstance(look.keys, int)
+    ahead_PK = like.new_full((look.slots, look.keys), excluded(like.dtype)).triu(1 + look.keys - look.slots)
+    return replace(look, bias=ahead_PK if look.bias is None else ahead_PK + look.bias)
+
+
 def _attend_looks(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, looks: list[Look]) -> Tensor:
     """[B, N, P, D]; all keys are stored first, as a slot may see one that is fed beside it."""
-    for i, look in enumerate(looks):
-        cache.put(k[:, :, i : i + 1], v[:, :, i : i + 1], look.position, look.region)
+    sizes = [look.slots for look in looks]
+    for look, k_look, v_look in zip(looks, k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True):
+        cache.put(k_look, v_look, look.position, look.region)
     outs = []
-    for i, look in enumerate(looks):
+    for look, q_look in zip(looks, q.split(sizes, dim=2), strict=True):
         if isinstance(look.keys, int):
             seen = cache.first(look.keys, look.region)
         else:
             seen = cache.take(look.keys, look.region)
-        outs.append(attend(q[:, :, i : i + 1], *seen, bias=look.bias))
+        outs.append(attend_slot(q_look, *seen, look.bias))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-
-
-# ---- masks
 
 
 def _num_lost(
@@ -166,3 +189,15 @@ class _LocalKeys:
         starts = len(text) + before[:, None] * self.layout.frame_len
         own = len(text) + frame * self.layout.frame_len + near[near <= slot]
         return torch.cat([text, (starts + near).flatten(), own]).to(self.device)
+
+
+def attend_slot(q_BNPD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, bias: Tensor | None) -> Tensor:
+    """`attend` for few queries a row; on the CPU as products, since torch's kernel there is made for many."""
+    if q_BNPD.device.type != "cpu" or q_BNPD.dtype not in (torch.float32, torch.bfloat16):
+        return attend(q_BNPD, k_BNSD, v_BNSD, bias=bias)
+    q_BNPD = q_BNPD * q_BNPD.shape[-1] ** -0.5
+    if q_BNPD.dtype == torch.float32:
+        scores = q_BNPD @ k_BNSD.mT
+    else:  # keys as the left factor: what oneDNN is quick at
+        scores = (k_BNSD @ q_BNPD.mT).mT
+    return F.softmax(scores if bias is None else scores + bias, dim=-1) @ v_BNSD

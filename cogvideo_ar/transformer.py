@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from cogvideo_ar.attention import AttentionContext, FullAttention, region_slots
 from cogvideo_ar.config import RELEASED_TEXT_ROOM, SANE, BlockConfig, Oddities, TransformerConfig
+from cogvideo_ar.fast_decode import StepNet, applies
 from cogvideo_ar.kv_cache import KVCache, LayerCache
 from cogvideo_ar.layout import SequenceLayout, text_positions
 from cogvideo_ar.slot_attention import Place, SlotAttention
+from shared.cpu_linear import apply_linear
 
 
 class Channel(nn.Module):
@@ -33,11 +35,12 @@ class Channel(nn.Module):
 
     def heads(self, x_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys, values, each [B, N, L, D]."""
-        qkv = self.qkv(x_BLC).unflatten(2, (3, -1, self.head_dim))
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = apply_linear(self.qkv, x_BLC).unflatten(2, (3, -1, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
 
     def merge(self, x_BNLD: Tensor) -> Tensor:
-        return self.out(x_BNLD.transpose(1, 2).flatten(2))
+        return apply_linear(self.out, x_BNLD.transpose(1, 2).flatten(2))
 
 
 class DualChannelAttention(nn.Module):
@@ -81,7 +84,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
+        return self.dropout(apply_linear(self.down, apply_linear(self.up, x, gelu=True)))
 
 
 class Block(nn.Module):
@@ -111,6 +114,7 @@ class DecodeState:
     context: SlotAttention
     positions: Tensor  # position embeddings of all slots [F*S, C]
     next_slot: int = 0  # counted over all frames
+    quick: StepNet | None = None  # None: the plain blocks
 
 
 def layer_cache(config: TransformerConfig, layout: SequenceLayout, layer: int, like: Tensor) -> LayerCache:
@@ -270,6 +274,7 @@ class CogVideoTransformer(nn.Module):
             context=steps,
             positions=self.position_rows(layout.slot_positions().to(x_BLC.device)),
             next_slot=num_given * layout.frame_len,
+            quick=StepNet(self, base_only=layout.base_only, rows=len(text_BT)) if applies(self) else None,
         )
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x_BLC = block(x_BLC, context, cache)
@@ -288,6 +293,8 @@ class CogVideoTransformer(nn.Module):
         state.context.aim(wave)
         rows = [frame * state.layout.frame_len + slot for frame, slot in wave]
         x_BPC = self.word_embeddings(tokens_BP) + state.positions[rows]
+        if state.quick is not None:
+            return state.quick.logits(x_BPC, state.context, state.caches).float()
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x_BPC = block(x_BPC, state.context, cache)
         logits_BPV = self.image_logits(self.final_norm(x_BPC))
