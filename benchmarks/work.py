@@ -71,7 +71,12 @@ class Desk:
         bar = tqdm(desc=title, total=len(waiting), disable=self.quiet or not (waiting and title))
         with bar:
             while waiting:
-                held = [task for task in waiting if not self._attempt(task)]
+                held = []
+                for task in waiting:
+                    if self._attempt(task):
+                        bar.update()
+                    else:
+                        held.append(task)
                 waiting = [task for task in held if not self.settled(task)]
                 bar.update(bar.total - len(waiting) - bar.n)
                 if waiting:
