@@ -23,7 +23,7 @@ from benchmarks.evaluation import finished_videos
 from benchmarks.fairness import unlike
 from benchmarks.media import film
 from benchmarks.statistics import by_prompt, mean_interval
-from benchmarks.storage import RunFolder, load_frames, read_json
+from benchmarks.storage import RunFolder, folder_name, load_frames, read_json
 from benchmarks.suites import one_of, suite_from
 from shared.errors import SettingError
 from shared.files import atomic_path, write_json
@@ -319,5 +319,5 @@ def import_scores(
 ) -> dict[str, Any]:
     """Score a study and keep it with the run, as RUN/imported/study-ID.json."""
     scored = score_study(key, answers)
-    write_json(folder.imported / f"study-{key['study']}.json", scored)
+    write_json(folder.imported / f"study-{folder_name(str(key['study']))}.json", scored)
     return scored

@@ -62,7 +62,10 @@ class RunFolder:
         """The run's run.json; SettingError where this is no run."""
         if not self.index.is_file():
             raise SettingError(f"{self.path} is not a run: it has no run.json (make one with `run SUITE`)")
-        return read_json(self.index)
+        said = read_json(self.index)
+        if not all(isinstance(said.get(name), dict) for name in ("suite", "models")):
+            raise SettingError(f"{self.index} is not the index of a run: it needs a suite and models")
+        return said
 
 
 def folder_name(model: str) -> str:

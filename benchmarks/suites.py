@@ -17,6 +17,7 @@ from shared.json_files import read_object
 
 FOLDER = Path(__file__).parent / "suites"
 SPLITS = ("heldout", "train")
+MOST = 100_000  # videos or clips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,11 @@ class Suite:
         for name, least in (("num_prompts", 1), ("num_videos_per_prompt", 1), ("num_clips", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise SettingError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("num_prompts", "num_videos_per_prompt", "num_clips"):
+            if getattr(self, name) > MOST:
+                raise SettingError(f"{name} must be at most {MOST}, got {getattr(self, name)}")
+        if self.num_prompts * self.num_videos_per_prompt > MOST:
+            raise SettingError(f"a suite makes at most {MOST} videos with a model")
         self._check_languages()
 
     def _check_languages(self) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from shared.config_io import MOST_LAYERS
+
 TemporalChannel = Literal["none", "full", "window", "local"]
 Compat = Literal["release", "exact"]
 CodebookUpdate = Literal["ema", "gradient"]  # moving averages, or the quantiser's loss
@@ -53,6 +55,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         require(self.num_layers > 0 and self.num_heads > 0 and self.head_dim > 0, "sizes must be positive")
+        require(self.num_layers <= MOST_LAYERS, f"num_layers must be at most {MOST_LAYERS}")
         legal = get_args(TemporalChannel)
         require(self.temporal in legal, f"unknown temporal channel {self.temporal!r}; legal: {legal}")
         require(
@@ -129,6 +132,10 @@ class VQVAEConfig:
     pixel_std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
 
     def __post_init__(self) -> None:
+        blocks = self.num_res_blocks, self.decoder_res_blocks
+        require(
+            0 <= min(blocks) <= max(blocks) <= MOST_LAYERS, f"blocks must be 0..{MOST_LAYERS}, got {blocks}"
+        )
         require(
             len(self.rates) > 0 and list(self.rates) == [r for r in self.legal_rates if r in self.rates],
             f"rates must be an ascending part of {self.legal_rates}, got {self.rates}",
@@ -275,6 +282,7 @@ class SuperResolutionConfig:
         require(self.kind in legal, f"unknown kind of super-resolution {self.kind!r}; legal: {legal}")
         for name in ("num_layers", "num_heads", "head_dim", "text_len", "max_batch"):
             require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        require(self.num_layers <= MOST_LAYERS, f"num_layers must be at most {MOST_LAYERS}")
         require(
             self.num_image_tokens <= self.start_of_image < self.vocab_size,
             f"start_of_image must lie in {self.num_image_tokens}..{self.vocab_size - 1}, "

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from shared.config_io import MOST_LAYERS
+
 Position = Literal["sincos", "rope", "rope+learned"]
 GridRule = Literal["linspace", "slice"]
 DynamicMode = Literal["upstream", "rise", "fall"]
@@ -65,6 +67,7 @@ class TransformerConfig:
         _require(self.ofs_embed_dim in legal_ofs, f"ofs_embed_dim must be one of {legal_ofs}")
         sizes = (self.num_layers, self.num_heads, self.head_dim, self.in_channels, self.out_channels)
         _require(min(sizes) > 0, f"layers, heads, head size and channels must be positive, got {sizes}")
+        _require(self.num_layers <= MOST_LAYERS, f"num_layers must be at most {MOST_LAYERS}")
         _require(min(self.patch_size) > 0, f"patch_size must be positive, got {self.patch_size}")
         if self.position == "sincos":
             _require(
@@ -112,6 +115,8 @@ class VAEConfig:
     single_frame: Literal["odd_count", "first_piece", "never"] = "odd_count"
 
     def __post_init__(self) -> None:
+        _require(min(self.norm_groups, *self.widths) > 0, "widths and norm_groups must be positive")
+        _require(0 <= self.blocks_per_level <= MOST_LAYERS, f"blocks_per_level must be 0..{MOST_LAYERS}")
         odd_widths = [width for width in self.widths if width % self.norm_groups]
         if odd_widths:
             raise ValueError(f"widths must be multiples of norm_groups={self.norm_groups}, got {odd_widths}")
@@ -149,6 +154,9 @@ class T5Config:
     d_ff: int = 10240
     num_layers: int = 24
     num_heads: int = 64
+
+    def __post_init__(self) -> None:
+        _require(0 < self.num_layers <= MOST_LAYERS, f"the encoder's num_layers must be 1..{MOST_LAYERS}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import load_into, load_tensors
-from shared.config_io import from_plain, read_header
+from shared.config_io import from_plain, read_header, to_plain
 from shared.errors import WeightsError
 from shared.runtime import parse_dtype
 
@@ -185,7 +185,7 @@ def _read_config(path: Path) -> tuple[CogVideoXConfig, torch.dtype]:
         return config, parse_dtype(header.get("dtype", "float32"))
     except WeightsError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise WeightsError(f"{path} does not describe a model: {error}") from error
 
 
@@ -198,9 +198,10 @@ def _open_diffusers(path: Path) -> ModelFolder:
     plain["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     try:
         config = config_from_diffusers(plain)
+        config = from_plain(CogVideoXConfig, to_plain(config))  # looks at the types
     except WeightsError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise WeightsError(
             f"the configurations in {path} do not describe a CogVideoX model: {error}"
         ) from error

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shared.doctor.containers import NUMPY_STATE, check_file, read_index
+from shared.doctor.containers import NUMPY_STATE, check_file, read_header, read_index
 from shared.errors import OutputPathError, WeightsError
 from shared.files import atomic_path
 
@@ -242,7 +242,7 @@ def load_tensors(path: str | Path, *, device: str = "cpu", dtype_of: DtypeOf = N
 def load_metadata(path: str | Path) -> dict[str, str]:
     """The text entries in the header of a .safetensors file."""
     check_file(Path(path))
-    with _open_safetensors(Path(path)) as file:
+    with open_safetensors(Path(path)) as file:
         return dict(file.metadata() or {})
 
 
@@ -310,7 +310,9 @@ def _load_shards(index: Path, device: str, dtype_of: DtypeOf) -> dict[str, Tenso
     return tensors
 
 
-def _open_safetensors(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A `safe_open` whose header was checked; WeightsError else."""
+    read_header(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -320,7 +322,7 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _load_safetensors(path: Path, device: str, dtype_of: DtypeOf) -> dict[str, Tensor]:
-    with _open_safetensors(path) as file:
+    with open_safetensors(path) as file:
         if device == "meta":
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {
@@ -337,7 +339,7 @@ def _load_cast(path: Path, names: list[str], device: str, dtype_of: Callable) ->
     """Open the file anew now and then: the pages that were read count as memory until it is closed."""
     tensors: dict[str, Tensor] = {}
     while names:
-        with _open_safetensors(path) as file:
+        with open_safetensors(path) as file:
             left = READ_BYTES
             while names and left > 0:
                 x = file.get_tensor(name := names.pop(0))

@@ -14,6 +14,8 @@ from shared.errors import WeightsError
 from shared.json_files import read_json
 
 ConfigT = TypeVar("ConfigT")
+MOST = 2**63 - 1  # of whole numbers
+MOST_LAYERS = 1000  # of any net; a damaged count would have millions of them built
 
 
 def to_plain(value: Any) -> Any:
@@ -72,7 +74,8 @@ def _fits(hint: Any, value: Any, name: str) -> bool:
 def _is_plain(kind: Any, value: Any) -> bool:
     if kind in (int, float):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and abs(value) < sys.float_info.max and (kind is float or isinstance(value, int))
+        most = MOST if isinstance(value, int) else sys.float_info.max
+        return number and abs(value) <= most and (kind is float or isinstance(value, int))
     return not isinstance(kind, type) or isinstance(value, kind)
 
 

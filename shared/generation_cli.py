@@ -35,6 +35,7 @@ from shared.video import Video
 FORMAT = 1  # of sidecars; part of every settings hash
 FILE_SUFFIXES = (".mp4", ".gif", ".mkv")
 INDEX = "run.json"
+MAX_VIDEOS = 100_000
 Write = Callable[[str], object]
 
 
@@ -129,6 +130,8 @@ def plan_items(options: argparse.Namespace) -> list[Item]:
     if count < 1:
         raise SettingError(f"num_videos_per_prompt must be at least 1, got {count}")
     total, suffix = count * len(prompts), path.suffix.lower()
+    if total > MAX_VIDEOS:
+        raise SettingError(f"{total} videos are asked for; legal: at most {MAX_VIDEOS} in one call")
     if suffix and not re.fullmatch(r"\.\d*", suffix) and suffix not in FILE_SUFFIXES:
         raise SettingError(f"unknown video format {suffix!r}; legal: {', '.join(FILE_SUFFIXES)}, or a folder")
     if suffix in FILE_SUFFIXES and total > 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,19 @@ def read_object(path: Path, kind: type[UserError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise kind(f"cannot read {path}: it is a JSON {type(content).__name__}, not an object")
     return content
+
+
+@contextmanager
+def shaped(what: object, kind: type[UserError]) -> Iterator[None]:
+    """For what takes apart the values of a file that a program of ours wrote: where they are not as it writes
+    them, because somebody changed the file or another version wrote it, `kind` is raised."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise kind(f"{what} does not hold what this program writes there ({reason})") from error
 
 
 def encodable(text: str) -> str:

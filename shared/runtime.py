@@ -35,8 +35,8 @@ STATM = Path("/proc/self/statm")
 
 def parse_dtype(name: str) -> torch.dtype:
     """A torch dtype by its long or short name; SettingError lists the legal ones."""
-    if name not in DTYPES:
-        raise SettingError(f"unknown dtype {name!r}; legal: {', '.join(DTYPES)}")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise SettingError(f"unknown dtype {name!r:.80}; legal: {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

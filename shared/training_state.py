@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.doctor.containers import check_file
 from shared.errors import OutputPathError, WeightsError
 from shared.torch_files import save_torch
 from shared.training_parallel import Strategy, like, local
@@ -121,7 +122,7 @@ class TrainState:
         save_torch(state, folder / FILE)
 
     def _load_file(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = _read(path)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             full = [group["full_lr"] for group in optimizer.param_groups]
@@ -132,7 +133,7 @@ class TrainState:
             self.ema.load_state_dict(state["ema"])
 
     def _load_file_into_shards(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        state = _read(path, mmap=True)
         flat = {f"model.{name}": tensor for name, tensor in state["model"].items()}
         names = self._names()
         for i, (optimizer, saved) in enumerate(zip(self.optimizers, state["optimizers"], strict=True)):
@@ -218,13 +219,16 @@ def newest(folder: Path) -> tuple[Path | None, int]:
     ]
     if (path := folder / FILE).exists():
         try:
-            found.append(
-                (int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["step"]), path)
-            )
+            found.append((int(_read(path, mmap=True)["step"]), path))
         except _UNREADABLE as error:
             raise _misfit(path, error) from error
     step, newest_path = max(found, default=(0, None), key=lambda one: one[0])
     return newest_path, step
+
+
+def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    check_file(path)
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=mmap)
 
 
 def _misfit(path: Path, error: Exception) -> WeightsError:

@@ -8,7 +8,9 @@ from pathlib import Path
 from benchmarks.comparison import compare
 from benchmarks.report import comparison_table
 from benchmarks.storage import RunFolder
+from shared.errors import SettingError
 from shared.files import write_json
+from shared.json_files import shaped
 from shared.verbs import say
 
 
@@ -20,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    differences = compare(RunFolder(path=options.first), RunFolder(path=options.second))
+    with shaped(f"{options.first} or {options.second}", SettingError):
+        differences = compare(RunFolder(path=options.first), RunFolder(path=options.second))
     if options.output_path is not None:
         write_json(options.output_path, {"differences": differences})
     say(options, {"ok": True, "differences": differences}, [comparison_table(differences)])

@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks.human_study import FORMS, import_scores, make_study
 from benchmarks.storage import RunFolder, read_json
+from shared.errors import SettingError
+from shared.json_files import shaped
 from shared.verbs import say
 
 
@@ -31,15 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     folder = RunFolder(path=options.run)
     if options.way == "make":
-        key = make_study(
-            folder, options.output_path,
-            form=options.form, seed=options.seed, raters=options.raters, pairs=options.pairs,
-        )  # fmt: skip
+        with shaped(folder.path, SettingError):
+            key = make_study(
+                folder, options.output_path,
+                form=options.form, seed=options.seed, raters=options.raters, pairs=options.pairs,
+            )  # fmt: skip
         made = {"study": key["study"], "pairs": len(key["pairs"]), "sheets": len(key["sheets"])}
         lines = [f"{made['pairs']} pairs on {made['sheets']} pages in {options.output_path}"]
         say(options, made, [*lines, "key.json says who made which video: keep it from the raters"])
         return
-    found = import_scores(folder, read_json(options.key), [read_json(path) for path in options.answers])
+    answers = [read_json(path) for path in options.answers]
+    with shaped("the key or an answer", SettingError):
+        found = import_scores(folder, read_json(options.key), answers)
     say(options, found, score_lines(found))
 
 

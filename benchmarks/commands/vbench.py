@@ -7,6 +7,8 @@ from pathlib import Path
 
 from benchmarks.storage import RunFolder
 from benchmarks.vbench import export_run, import_results
+from shared.errors import SettingError
+from shared.json_files import shaped
 from shared.verbs import say
 
 
@@ -31,13 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     folder = RunFolder(path=options.run)
     if options.way == "export":
-        made = export_run(folder, options.model, options.output_path)
+        with shaped(folder.path, SettingError):
+            made = export_run(folder, options.model, options.output_path)
         where = options.output_path / "videos"
         lines = [f"{made['videos']} videos in {where}, for VBench's {made['branch']} branch"]
         say(options, made, [*lines, f"mode: {made['mode']}", *made["notes"]])
         return
-    kept = import_results(
-        folder, options.model, options.results, manifest=options.manifest, made_with=options.made_with
-    )
+    with shaped("the run, the results or the manifest", SettingError):
+        kept = import_results(
+            folder, options.model, options.results, manifest=options.manifest, made_with=options.made_with
+        )
     lines = [f"{name}: {score['value']:.4f}" for name, score in kept["scores"].items()]
     say(options, kept, [*lines, f"kept in {folder.imported}; write the report again to see it there"])

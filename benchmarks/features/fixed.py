@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.metrics.base import RefusedError
+from shared.checkpoints import load_tensors
 from shared.errors import WeightsError
 from shared.video import Video
 
@@ -52,8 +51,8 @@ class ConvolutionStack:
     def from_file(path: Path) -> ConvolutionStack:
         """`layers.N.weight` and `layers.N.bias` of a safetensors file; WeightsError for anything else."""
         try:
-            return ConvolutionStack(_layers(load_file(path)))
-        except (OSError, SafetensorError, ValueError) as error:
+            return ConvolutionStack(_layers(load_tensors(path)))
+        except (OSError, ValueError) as error:
             raise WeightsError(f"{path} holds no stack of 3D convolutions: {error}") from error
 
     @torch.no_grad()

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.metrics.base import RefusedError
+from shared.checkpoints import load_tensors
 from shared.errors import WeightsError
 from shared.video import Video
 
@@ -56,10 +55,7 @@ def _from_torchscript(path: Path) -> Distance:
 
 
 def _from_weights(path: Path) -> Distance:
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} is no safetensors file: {error}") from error
+    weights = load_tensors(path)
     names = [f"{key}.{part}" for key, *_ in LAYERS for part in ("weight", "bias")]
     names += [f"lin{i}.model.1.weight" for i in range(len(LAYERS))]
     if missing := [name for name in names if name not in weights]:

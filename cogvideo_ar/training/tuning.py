@@ -42,6 +42,7 @@ from shared.clips.dataset import read_clips
 from shared.clips.precompute import INDEX, none_left, read_index
 from shared.clips.stream import BatchPlan, ClipStream
 from shared.errors import BatchError, SettingError, WeightsError
+from shared.json_files import shaped
 from shared.training import Logs, Objective, TrainConfig, recipe_of, train
 from shared.training_parallel import ALONE, Strategy, whole_state
 
@@ -95,8 +96,10 @@ class Job:
         if not self.is_precomputed:
             return len(read_clips(self.data, must_exist=False))
         index = read_index(self.data, KIND)
-        self._check_sizes(index["settings"])
-        if not any(rate in self.rates for row in index["clips"] for rate in row["rates"]):
+        with shaped(self.data, SettingError):
+            self._check_sizes(index["settings"])
+            rates = {rate for row in index["clips"] for rate in row["rates"]}
+        if not rates & {*self.rates}:
             raise SettingError(
                 f"{self.data} has no sample at a rate of stage {self.stage} ({_listed(self.rates)}); "
                 "precompute the clips with --take all"

@@ -10,9 +10,10 @@ import base64
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import av
 import numpy as np
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from shared.clips.dataset import Clip, content_key
+from shared.config_io import check_type
 from shared.errors import OutputPathError, UserError
 from shared.json_files import parse_json
 from shared.video_io import read_video
@@ -239,8 +241,13 @@ def read_scores(path: Path) -> dict[str, Measures]:
     known: dict[str, Measures] = {}
     for row in _rows(path):
         if row.pop("format", None) == FORMAT:
-            key, cuts = row.pop("key"), tuple(row.pop("cuts"))
-            known[key] = Measures(cuts=cuts, **row)
+            with suppress(KeyError, TypeError, ValueError):
+                key, cuts = str(row.pop("key")), tuple(row.pop("cuts"))
+                for name, hint in get_type_hints(Measures).items():
+                    check_type(hint, row.get(name, cuts if name == "cuts" else None), name)
+                if row["signature"]:
+                    signature_values(row["signature"])
+                known[key] = Measures(cuts=cuts, **row)
     return known
 
 

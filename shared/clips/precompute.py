@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from shared.checkpoints import load_metadata, load_tensors, save_tensors
+from shared.checkpoints import load_metadata, load_tensors, open_safetensors, save_tensors
 from shared.clips.dataset import Clip, Extent, content_key, probe
+from shared.config_io import check_type
 from shared.errors import (
     BatchError,
     OutOfMemoryError,
@@ -32,7 +33,7 @@ from shared.errors import (
     WeightsError,
 )
 from shared.files import write_json
-from shared.json_files import parse_json, read_object
+from shared.json_files import parse_json, read_object, shaped
 
 FORMAT = 1
 INDEX, SUFFIX = "index.json", ".safetensors"
@@ -219,7 +220,7 @@ def _attempt(work: Callable[[T], Any], given: T) -> tuple[Any, str]:
 
 
 def _taken_over(path: Path, key: str) -> tuple[Sample, str]:
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         sample = {n.partition(".")[2]: file.get_tensor(n) for n in file.keys() if n.startswith(f"{key}.")}
     return sample, _holds(path)["skipped"].get(key, "")
 
@@ -322,6 +323,13 @@ def read_index(folder: Path, kind: str) -> dict[str, Any]:
     got = content.get("kind"), content.get("format")
     if got != (kind, FORMAT):
         raise SettingError(f"{path} is of (kind, format) {got}, needed is {(kind, FORMAT)}")
+    with shaped(path, SettingError):
+        for name, hint in (("settings", dict), ("shards", dict), ("clips", list), ("skipped", list)):
+            check_type(hint, content[name], name)
+        for row in content["clips"]:
+            check_type(dict, row, "a clip")
+        for names in content["shards"].values():
+            check_type(tuple[str, ...], tuple(names), "the names of shards")
     return content
 
 
@@ -342,7 +350,7 @@ class ShardReader:
         """UserError where the file was damaged since."""
         path, names = self._places[key]
         try:
-            with safe_open(path, framework="pt") as file:
+            with open_safetensors(path) as file:
                 return {name.partition(".")[2]: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error

@@ -364,7 +364,7 @@ def parse(prompt: str) -> dict[str, str]:
         for word in words:
             if word in legal:
                 found.setdefault(name, word)
-    ground = re.search(r"(\w+) background", prompt.lower())
+    ground = re.search(r"\b(\w+) background", prompt.lower())
     if ground and ground[1] in BACKGROUNDS:
         found["background"] = ground[1]
     return found

@@ -56,7 +56,7 @@ class T5Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """All ids of `text` with `</s>`, neither cut nor padded."""
-        return self._tokenizer(text, verbose=False).input_ids
+        return self._tokenizer(whole_characters(text), verbose=False).input_ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -77,6 +77,12 @@ class T5Tokenizer:
 
     def _tail(self, row: list[int]) -> str:
         return "" if len(row) <= self.text_len else self.decode(row[self.text_len - 1 :])
+
+
+def whole_characters(text: str) -> str:
+    """`text` with a replacement character for each half of a character: the tokenizer takes no such halves,
+    and bytes of a command line that are no text arrive as some."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_tokenizer(path: Path) -> Any:

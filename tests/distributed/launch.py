@@ -56,7 +56,7 @@ def run_ranks(worker: Worker, folder: Path, *, world_size: int = 2, timeout: flo
     assert not errors, "\n".join(path.read_text(encoding="utf-8") for path in errors)
     codes = [process.exitcode for process in processes]
     assert codes == [0] * world_size, f"exit codes {codes} (negative: killed after {timeout} s)"
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
 def _wait(processes: list[Any], deadline: float) -> None:

@@ -120,6 +120,6 @@ def test_torchrun_stopped_and_resumed_learns_what_one_process_does(program: Path
     assert [line["step"] for line in lines(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
     (tmp_path / "one").mkdir()
     runpy.run_path(str(program))["Run"](tmp_path / "one", 0.0).net()
-    expected, got = (torch.load(tmp_path / name / "weights.pt") for name in ("one", "two"))
+    expected, got = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6)

@@ -83,7 +83,10 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     resumed, whole = learn(tmp_path / "killed"), learn(tmp_path / "whole")
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
-    states = [torch.load(tmp_path / run / "state.pt")["optimizers"] for run in ("killed", "whole")]
+    states = [
+        torch.load(tmp_path / run / "state.pt", weights_only=True)["optimizers"]
+        for run in ("killed", "whole")
+    ]
     for ours, theirs in zip(*states, strict=True):
         for index, entries in theirs["state"].items():
             assert all(torch.equal(ours["state"][index][key], x) for key, x in entries.items())
