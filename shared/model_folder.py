@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from shared.config_io import read_header
-from shared.errors import WeightsError
+from shared.errors import UserError, WeightsError
 
 FORMAT = 1
 MARK_BYTES = 1 << 20  # of a file's beginning and end that enter the mark
@@ -88,6 +88,13 @@ class _NoInit(TorchFunctionMode):
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules that are built in the block have shapes and no numbers, until weights are loaded into them."""
-    with torch.device("meta"), _NoInit():
-        yield
+    """Modules that are built in the block have shapes and no numbers, until weights are loaded into them.
+    WeightsError where there is no such module, for instance because a size is too large to be counted."""
+    try:
+        with torch.device("meta"), _NoInit():
+            yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"the settings do not describe a net: {reason}") from error
