@@ -22,7 +22,8 @@ Run = Callable[[], Any]
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """Our way and the peer's, ready to run. `difference`: how far the results are apart, relative to their
-    size; `facts`: whatever else should be kept with the figures."""
+    size; `facts`: whatever else should be kept with the figures. Of them, `floor_seconds` is the least time
+    that the memory allows, and `of_floor` its part of what ours took."""
 
     ours: Run
     peer: Run
@@ -71,7 +72,11 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     rounds = [
         (seconds_of(pair.ours, case.device), seconds_of(pair.peer, case.device)) for _ in range(repeats + 1)
     ][1:]
-    return row | _summary(rounds, "wall" if case.device == "cuda" else "cpu")
+    clock = "wall" if case.device == "cuda" else "cpu"
+    row |= _summary(rounds, clock)
+    if "floor_seconds" in row:
+        row["of_floor"] = row["floor_seconds"] / row[f"ours_{clock}"]
+    return row
 
 
 def _summary(rounds: list[tuple[Seconds, Seconds]], clock: str) -> dict[str, Any]:

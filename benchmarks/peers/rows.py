@@ -122,8 +122,9 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def amount(row: dict[str, Any], side: str) -> str:
-    """What one side took, with its unit."""
+    """What one side took, with its unit; of ours also the part that reading memory must take, if known."""
     if row["kind"] == "memory":
         return f"{row[f'{side}_bytes'] / 2**20:.0f} MiB"
     seconds = row[f"{side}_{'wall' if row['device'] == 'cuda' else 'cpu'}"]
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+    words = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+    return f"{words} ({row['of_floor']:.0%})" if side == "ours" and "of_floor" in row else words
