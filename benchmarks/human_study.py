@@ -29,6 +29,7 @@ from shared.errors import SettingError
 from shared.files import atomic_path, write_json
 
 FORMAT = 1  # of key.json and of the answers
+MOST_RATERS = 1000
 SIDES = ("left", "right")
 PREFERENCES = {"left": 1.0, "none": 0.5, "right": 0.0}
 
@@ -110,8 +111,8 @@ def make_study(
     that would tell raters who made them.
     """
     one_of("form", form, list(FORMS))
-    if raters < 1 or pairs < 0:
-        raise SettingError(f"raters must be at least 1 and pairs 0 or more, got {raters} and {pairs}")
+    if not 1 <= raters <= MOST_RATERS or pairs < 0:
+        raise SettingError(f"raters must be 1 to {MOST_RATERS} and pairs 0 or more, got {raters} and {pairs}")
     found = find_pairs(folder)
     rng = np.random.default_rng([seed, 0])
     if pairs and pairs < len(found):

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     folder = RunFolder(path=options.run)
+    if options.page_mb is not None and not 0 <= options.page_mb < 1e6:
+        raise SettingError(f"page_mb must be 0 or more and below 1e6, got {options.page_mb:g}")
     room = None if options.page_mb is None else int(1e6 * options.page_mb)
-    if room is not None and room < 0:
-        raise SettingError(f"page_mb must be 0 or more, got {options.page_mb:g}")
     files = None if options.feature_files is None else FeatureFiles.parse(options.feature_files)
     models = folder.read_index()["models"]
     costs = registry.cost_models(models)
