@@ -58,6 +58,8 @@ def scale_image_latents(z: Tensor, config: VAEConfig) -> Tensor:
 
 
 class EncoderLevel(nn.Module):
+    """Only holds the layers: the encoder runs them itself, so that nobody keeps a level's input meanwhile."""
+
     def __init__(self, config: VAEConfig, level: int) -> None:
         super().__init__()
         width = config.widths[level]
@@ -66,11 +68,6 @@ class EncoderLevel(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(channels, width, norm) for channels in inputs)
         is_last = level == len(config.widths) - 1
         self.downsample = None if is_last else Downsample(width, halves_time=level < config.temporal_levels)
-
-    def forward(self, x_BCTHW: Tensor, context: ClipContext) -> Tensor:
-        for block in self.blocks:
-            x_BCTHW = block(x_BCTHW, None, context)
-        return x_BCTHW if self.downsample is None else self.downsample(x_BCTHW, context)
 
 
 class Encoder(nn.Module):
@@ -91,13 +88,18 @@ class Encoder(nn.Module):
         x_BCTHW = x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
         x_BCTHW = self.conv_in(x_BCTHW, context)
         for level in self.levels:
-            x_BCTHW = level(x_BCTHW, context)
+            for block in level.blocks:
+                x_BCTHW = block(x_BCTHW, None, context)
+            if level.downsample is not None:
+                x_BCTHW = level.downsample(x_BCTHW, context)
         for block in self.middle:
             x_BCTHW = block(x_BCTHW, None, context)
         return norm_conv(self.norm_out, self.conv_out, x_BCTHW, None, context)
 
 
 class DecoderLevel(nn.Module):
+    """Only holds the layers, as `EncoderLevel`."""
+
     def __init__(self, config: VAEConfig, level: int) -> None:
         super().__init__()
         widths = config.widths[::-1]
@@ -112,11 +114,6 @@ class DecoderLevel(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(channels, width, norm) for channels in inputs)
         is_last = level == len(widths) - 1
         self.upsample = None if is_last else Upsample(width, doubles_time=level < config.temporal_levels)
-
-    def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor, context: ClipContext) -> Tensor:
-        for block in self.blocks:
-            x_BCTHW = block(x_BCTHW, z_BZthw, context)
-        return x_BCTHW if self.upsample is None else self.upsample(x_BCTHW, context)
 
 
 class Decoder(nn.Module):
@@ -144,7 +141,10 @@ class Decoder(nn.Module):
         for block in self.middle:
             x_BCTHW = block(x_BCTHW, z_BZthw, context)
         for level in self.levels:
-            x_BCTHW = level(x_BCTHW, z_BZthw, context)
+            for block in level.blocks:
+                x_BCTHW = block(x_BCTHW, z_BZthw, context)
+            if level.upsample is not None:
+                x_BCTHW = level.upsample(x_BCTHW, context)
         return norm_conv(self.norm_out, self.conv_out, x_BCTHW, z_BZthw, context)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from cogvideox_diff.vae import fast
 from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, per_frame, pointwise
 
+FRAMES_BYTES = 2**28  # of frames that are enlarged at once without gradients
+
 
 def halve_time(x_BCTHW: Tensor, single_frame: bool) -> Tensor:
     """Average neighbouring frames, except a single first one: [B, C, 2k+1, H, W] -> [B, C, k+1, H, W]."""
@@ -129,6 +131,9 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
+        """Without gradients the input may be used up."""
+        if fast.applies(x_BCTHW, context):
+            return fast.res_block(self, x_BCTHW, z_BZthw, context)
         h_BCTHW = norm_conv(self.norm1, self.conv1, x_BCTHW, z_BZthw, context)
         h_BCTHW = norm_conv(self.norm2, self.conv2, h_BCTHW, z_BZthw, context)
         skipped = x_BCTHW if self.shortcut is None else pointwise(self.shortcut, x_BCTHW)
@@ -167,6 +172,18 @@ class Upsample(nn.Module):
 
     def upsample_frames(self, x_NCHW: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, 2H, 2W]; on CPU in float32 by `convolve_doubled`, which rounds otherwise."""
+        most = max(FRAMES_BYTES // (4 * x_NCHW[0].numel() * x_NCHW.element_size()), 1)
+        if torch.is_grad_enabled():
+            return self._upsampled(x_NCHW)
+        if len(x_NCHW) <= most:
+            return self._upsampled(x_NCHW).contiguous(memory_format=torch.channels_last)
+        height, width = x_NCHW.shape[2:]
+        out_NHWC = x_NCHW.new_empty(len(x_NCHW), 2 * height, 2 * width, self.conv.out_channels)
+        for part, out in zip(x_NCHW.split(most), out_NHWC.movedim(-1, 1).split(most), strict=True):
+            out.copy_(self._upsampled(part))
+        return out_NHWC.movedim(-1, 1)
+
+    def _upsampled(self, x_NCHW: Tensor) -> Tensor:
         if x_NCHW.device.type == "cpu" and x_NCHW.dtype == torch.float32:
             return convolve_doubled(x_NCHW, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x_NCHW, scale_factor=2.0))

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, T frames, H/W rows/columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Protocol
 
 import torch
@@ -122,6 +123,20 @@ def conv_by_products(x_BCTHW: Tensor, weight: Tensor, bias: Tensor | None, paddi
     return quick_linear(patches.flatten(4), weight.flatten(1), bias).movedim(-1, 1)
 
 
+def conv_by_taps(x_THWC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same convolution of frames with their border, for few kernels: what each tap of a kernel gives at
+    every place is one matrix product, and the sum moves over the places. [T + 2, H + 2, W + 2, C] -> [O, T,
+    H, W]."""
+    size = [n - 2 for n in x_THWC.shape[:3]]
+    taps = weight.permute(0, 2, 3, 4, 1).flatten(0, 3)  # (O t H W) x C
+    parts = quick_linear(taps, x_THWC.flatten(0, 2)).view(len(weight), 3, 3, 3, *x_THWC.shape[:3])
+    out_OTHW = x_THWC.new_zeros(len(weight), *size)
+    for t, row, column in product(range(3), repeat=3):
+        part = parts[:, t, row, column]
+        out_OTHW += part[:, t : t + size[0], row : row + size[1], column : column + size[2]]
+    return out_OTHW if bias is None else out_OTHW.add_(bias[:, None, None, None])
+
+
 def _misses_fast_conv3d(x_BCTHW: Tensor) -> bool:
     """torch sends small float32 CPU convolutions on one thread to a kernel that is 4 to 20 times slower."""
     if x_BCTHW.device.type != "cpu" or x_BCTHW.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
@@ -139,4 +154,4 @@ def per_frame(function: Callable[[Tensor], Tensor], x_BCTHW: Tensor) -> Tensor:
 
 def pointwise(conv: nn.Conv3d, x_BCTHW: Tensor) -> Tensor:
     """A 1x1x1 convolution as the matrix product it is."""
-    return F.linear(x_BCTHW.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+    return quick_linear(x_BCTHW.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)

@@ -2,7 +2,8 @@
 
 Group norm and the decoder's modulation become one multiplication and addition per channel and place. What
 they give is made strip by strip, in a buffer that already has the border and the frames before, so it is
-never there as a whole. On the CPU in float32 large strips are convolved by Winograd's algorithm.
+never there as a whole. On the CPU large strips are convolved in float32 by Winograd's algorithm, whatever the
+type of the features: half precision's own convolution is no quicker, and rounds more.
 
 Shapes: B batch, C channels, T frames, H/W rows/columns of the features; t, h, w the same of the latents.
 Channels are last in memory.
@@ -11,20 +12,32 @@ Channels are last in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideox_diff.cpu_linear import has_quick_linear
 from cogvideox_diff.vae import winograd
-from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, convolve_extended
+from cogvideox_diff.vae.causal_conv import (
+    CausalConv3d,
+    ClipContext,
+    conv_by_taps,
+    convolve_extended,
+    pointwise,
+)
+
+if TYPE_CHECKING:
+    from cogvideox_diff.vae.blocks import ResBlock
 
 STRIP_BYTES = {"cpu": 2**25}  # of a strip's buffer, by device
-OTHER_STRIP_BYTES = 2**28
+OTHER_STRIP_BYTES = 2**27
 WINOGRAD_STRIP_BYTES = 2**23  # what is made of it should stay in the cache
-BLOCK = 2**18  # values of which the CPU takes statistics at once: they stay in the cache
-
-PLAIN_ON_CPU = (torch.bfloat16,)  # whole convolutions of the library are quicker there than strips
+FEW_KERNELS = 4  # their products pay where a convolution would fill its lanes with zeros
+BLOCKS = {"cpu": 2**18}  # values of which statistics are taken at once; the CPU's stay in its cache
+OTHER_BLOCK = 2**25
 
 Affine = tuple[Tensor, Tensor]  # scale and shift [B, T or 1, h, w, C] in float32
 
@@ -35,8 +48,6 @@ def applies(x_BCTHW: Tensor, context: ClipContext) -> bool:
     if torch.is_grad_enabled() or type(context) is not ClipContext or x_BCTHW.dtype == torch.float64:
         return False
     kind = x_BCTHW.device.type
-    if kind == "cpu" and x_BCTHW.dtype in PLAIN_ON_CPU:
-        return False
     return kind == "meta" or not torch.is_autocast_enabled(kind)
 
 
@@ -56,7 +67,7 @@ def group_moments(x_THWC: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance [G] of every group, summed in blocks about a first guess and combined in float64:
     torch's own loses a digit where channels are last."""
     places = x_THWC.flatten(0, 2)
-    block = max(BLOCK // places.shape[1], 1) if x_THWC.device.type == "cpu" else x_THWC[0, :, :, 0].numel()
+    block = max(BLOCKS.get(x_THWC.device.type, OTHER_BLOCK) // places.shape[1], 1)
     guess_C = places[:block].float().mean(0)
     sums_C, squares_C = (torch.zeros_like(guess_C, dtype=torch.float64) for _ in range(2))
     for part in places.split(block):
@@ -73,23 +84,74 @@ def group_moments(x_THWC: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 def norm_conv(affine: Affine, conv: CausalConv3d, x_BCTHW: Tensor, context: ClipContext) -> Tensor:
     """Convolution of silu(scale * x + shift) [B, C, T, H, W] -> [B, O, T, H, W]."""
     x_BTHWC = channels_last(x_BCTHW)
-    history = context.histories.get(conv)
-    later = torch.empty_like(x_BTHWC[:, :1]).expand(-1, 0, -1, -1, -1)
-    if context.keep:
-        later = x_BTHWC.new_empty(len(x_BTHWC), 2, *x_BTHWC.shape[2:])
     out_BTHWO = x_BTHWC.new_empty(*x_BTHWC.shape[:4], conv.conv.out_channels)
-    kernel = _winograd_kernel(conv.conv, x_BTHWC)
-    for b in range(len(x_BTHWC)):
-        scale_shift = (affine[0][b], affine[1][b])
-        before = None if history is None else history[b]
-        for rows, strip in _strips(x_BTHWC[b], scale_shift, before, aligned=kernel is not None):
-            if context.keep:
-                inner = strip[-2:, 1 : 1 + rows.stop - rows.start, 1 : 1 + x_BTHWC.shape[3]]
-                later[b, :, rows] = inner
-            _convolve(strip, conv.conv, kernel, out_BTHWO[b, :, rows])
-    if context.keep:
-        context.histories[conv] = later
+    for strip in _convolved(affine, conv, x_BTHWC, out_BTHWO, context):
+        strip.put(add=False)
     return out_BTHWO.movedim(-1, 1)
+
+
+def res_block(block: ResBlock, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
+    """What `block` does, in the place of its input, or of what is between its convolutions where the number
+    of channels changes: with the input's, memory for one tensor more is all that it takes."""
+    x_BCTHW = channels_last(x_BCTHW).movedim(-1, 1)
+    h_BCTHW = norm_conv(block.norm1.affine(x_BCTHW, z_BZthw, context), block.conv1, x_BCTHW, context)
+    affine = block.norm2.affine(h_BCTHW, z_BZthw, context)
+    x_BTHWC, h_BTHWO = x_BCTHW.movedim(1, -1), h_BCTHW.movedim(1, -1)
+    out_BTHWO = x_BTHWC if block.shortcut is None else h_BTHWO
+    for strip in _convolved(affine, block.conv2, h_BTHWO, out_BTHWO, context):
+        strip.put(add=block.shortcut is None)
+        if block.shortcut is not None:
+            skipped = pointwise(block.shortcut, x_BTHWC[strip.clip, None, :, strip.rows].movedim(-1, 1))
+            strip.out.add_(skipped[0].movedim(0, -1))
+    return out_BTHWO.movedim(-1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """Some rows of a clip: `x` is the input of a convolution, with its border and history, and
+    `out` where the result goes, which may lie in the rows that the input was made of."""
+
+    clip: int
+    rows: slice
+    x: Tensor  # [T + 2, R + 2, W + 2, C]
+    conv: nn.Conv3d
+    kernel: Tensor | None  # Winograd's
+    out: Tensor  # [T, R, W, O]
+
+    def put(self, *, add: bool) -> None:
+        """Convolve; the result replaces what is there, or is added to it."""
+        conv, out_TRWO = self.conv, self.out
+        if self.kernel is not None:
+            winograd.convolve(self.x, self.kernel, conv.bias, out_TRWO, add=add)
+            return
+        if conv.out_channels <= FEW_KERNELS and has_quick_linear(self.x):
+            result_OTRW = conv_by_taps(self.x, conv.weight, conv.bias)
+        else:
+            x_BCTRW = self.x.movedim(-1, 0)[None]
+            result_OTRW = convolve_extended(x_BCTRW, conv.weight, conv.bias, padding=0)[0]
+        result_TRWO = result_OTRW.movedim(0, -1)
+        _ = out_TRWO.add_(result_TRWO) if add else out_TRWO.copy_(result_TRWO)
+
+
+def _convolved(
+    affine: Affine, conv: CausalConv3d, x_BTHWC: Tensor, out_BTHWO: Tensor, context: ClipContext
+) -> Iterator[Strip]:
+    """The strips of all clips, to be convolved one by one; keeps the last frames for the next piece."""
+    history = context.histories.get(conv)
+    later = history  # its rows are replaced when the strip that is made of them is there
+    if context.keep and history is None:
+        later = x_BTHWC.new_empty(len(x_BTHWC), 2, *x_BTHWC.shape[2:])
+    kernel = _winograd_kernel(conv.conv, x_BTHWC)
+    for b, x_THWC in enumerate(x_BTHWC):
+        before = None if history is None else history[b]
+        for rows, x_TRWC in _strips(x_THWC, (affine[0][b], affine[1][b]), before, aligned=kernel is not None):
+            if context.keep and later is not None:
+                inner = x_TRWC[-2:, 1 : 1 + rows.stop - rows.start, 1 : 1 + x_THWC.shape[2]]
+                later[b, :, rows] = inner
+            out_TRWO = out_BTHWO[b, :, rows]
+            yield Strip(clip=b, rows=rows, x=x_TRWC, conv=conv.conv, kernel=kernel, out=out_TRWO)
+    if context.keep and later is not None:
+        context.histories[conv] = later
 
 
 def channels_last(x_BCTHW: Tensor) -> Tensor:
@@ -99,10 +161,9 @@ def channels_last(x_BCTHW: Tensor) -> Tensor:
 
 def _winograd_kernel(conv: nn.Conv3d, x_BTHWC: Tensor) -> Tensor | None:
     """The transformed kernel where it pays: it costs about as much as convolving 4 C places."""
-    on_cpu = x_BTHWC.device.type == "cpu" and x_BTHWC.dtype == torch.float32
     most = max(conv.in_channels, conv.out_channels)
     wide = min(conv.in_channels, conv.out_channels) >= 32
-    if not on_cpu or not wide or x_BTHWC.shape[1:4].numel() < 4 * most:
+    if x_BTHWC.device.type != "cpu" or not wide or x_BTHWC.shape[1:4].numel() < 4 * most:
         return None
     return winograd.transform_kernel(conv.weight)
 
@@ -110,22 +171,25 @@ def _winograd_kernel(conv: nn.Conv3d, x_BTHWC: Tensor) -> Tensor | None:
 def _strips(
     x_THWC: Tensor, affine: Affine, before: Tensor | None, *, aligned: bool
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows of the result, their input [T + 2, rows + 2, W + 2, C]) from top to bottom, in one buffer.
+    """(rows of the result, their input [T + 2, rows + 2, W + 2, C]) from top to bottom, in one buffer. Of `x`
+    and `before`, rows up to those that have been given are not read any more.
 
-    `aligned`: rows and columns of the buffer are filled up with zeros to whole tiles of Winograd's.
+    `aligned`: for Winograd's algorithm, in float32, rows and columns filled up with zeros to whole tiles.
     """
     num_frames, height, width, channels = x_THWC.shape
     unit = winograd.TILE if aligned else 1
     columns = -(-width // unit) * unit
-    row_bytes = (num_frames + 2) * (columns + 2) * channels * x_THWC.element_size()
+    dtype = torch.float32 if aligned else x_THWC.dtype
+    row_bytes = (num_frames + 2) * (columns + 2) * channels * dtype.itemsize
     limit = WINOGRAD_STRIP_BYTES if aligned else STRIP_BYTES.get(x_THWC.device.type, OTHER_STRIP_BYTES)
     most = max(limit // row_bytes // unit, 1) * unit
     size = min(most, -(-height // unit) * unit)
-    strip = x_THWC.new_zeros(num_frames + 2, size + 2, columns + 2, channels)
+    strip = x_THWC.new_zeros(num_frames + 2, size + 2, columns + 2, channels, dtype=dtype)
     for top in range(0, height, size):
         bottom = min(top + size, height)
-        first, last = max(top - 1, 0), min(bottom + 1, height)
-        strip[:, : first - top + 1] = 0
+        if top:
+            strip[:, :2] = strip[:, size:].clone()  # the last rows of the strip before
+        first, last = top + bool(top), min(bottom + 1, height)
         strip[:, last - top + 1 :] = 0
         inner = strip[:, first - top + 1 : last - top + 1, 1 : width + 1]
         _fill(inner[2:], x_THWC, affine, slice(first, last))
@@ -141,20 +205,7 @@ def _fill(out_TRWC: Tensor, x_THWC: Tensor, affine: Affine, rows: slice) -> None
     scale, shift = (part.index_select(1, wanted)[:, :, :, None] for part in affine)  # t, R, w, 1, C
     x = x_THWC[:, rows].unflatten(2, (latent_columns, -1))
     out = out_TRWC.unflatten(2, (latent_columns, -1))
-    if x.dtype == torch.float32:
+    if out.dtype == torch.float32:
         F.silu(torch.addcmul(shift, x, scale, out=out), inplace=True)
     else:
-        out.copy_(F.silu(torch.addcmul(shift, x.float(), scale), inplace=True))
-
-
-def _convolve(strip_TRWC: Tensor, conv: nn.Conv3d, kernel: Tensor | None, out_TRWO: Tensor) -> None:
-    if kernel is None:
-        x_BCTRW = strip_TRWC.movedim(-1, 0)[None]
-        out_TRWO.copy_(convolve_extended(x_BCTRW, conv.weight, conv.bias, padding=0)[0].movedim(0, -1))
-        return
-    num_frames, rows, columns = (n - 2 for n in strip_TRWC.shape[:3])
-    fits = out_TRWO.shape[1:3] == (rows, columns)
-    whole = out_TRWO if fits else out_TRWO.new_empty(num_frames, rows, columns, out_TRWO.shape[3])
-    winograd.convolve(strip_TRWC, kernel, conv.bias, whole)
-    if not fits:
-        out_TRWO.copy_(whole[:, : out_TRWO.shape[1], : out_TRWO.shape[2]])
+        out.copy_(F.silu(torch.addcmul(shift, x, scale), inplace=True))

@@ -27,41 +27,56 @@ POINTS = (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction
 
 
 def transform_kernel(weight_OCtHW: Tensor) -> Tensor:
-    """[O, C, 3, 3, 3] -> [36, O, 3 * C], frames outside, channels inside."""
+    """[O, C, 3, 3, 3] -> [36, O, 3 * C] in float32, frames outside, channels inside."""
     kernel, _, _ = _matrices()
-    out_channels = weight_OCtHW.shape[0]
-    spread = weight_OCtHW.permute(3, 4, 0, 2, 1).reshape(9, -1)  # (H W) x (O t C)
-    return (kernel.to(spread) @ spread).view(len(kernel), out_channels, -1)
+    spread = weight_OCtHW.transpose(1, 2).reshape(-1, 9).float()  # (O t C) x (H W)
+    return quick_linear(kernel, spread).view(len(kernel), weight_OCtHW.shape[0], -1)
 
 
-def convolve(x_THWC: Tensor, kernel: Tensor, bias_O: Tensor | None, out_THWO: Tensor) -> None:
-    """Convolve frames with a border of one place and two frames in front, [T + 2, 4h + 2, 4w + 2, C], into
-    `out_THWO` [T, 4h, 4w, O], with a kernel of `transform_kernel`."""
-    num_frames, rows, columns, out_channels = out_THWO.shape
-    rows, columns = rows // TILE, columns // TILE
-    tiles = _transform_tiles(x_THWC, rows, columns)  # 36, tiles, T + 2, C
+def convolve(
+    x_THWC: Tensor, kernel: Tensor, bias_O: Tensor | None, out_THWO: Tensor, *, add: bool = False
+) -> None:
+    """Convolve frames with a border of one place and two frames in front, [T + 2, 4h + 2, 4w + 2, C] in
+    float32, into `out_THWO` [T, H, W, O] of any type (`add`: to what is there), with a kernel of
+    `transform_kernel`. H and W may be less than 4h and 4w."""
+    _, _, back = _matrices()
+    rows, columns = ((n - HALO) // TILE for n in x_THWC.shape[1:3])
+    num_frames, height, width, channels = out_THWO.shape
+    products = _multiply(_transform_tiles(x_THWC, rows, columns), kernel)
+    bias = torch.zeros(()) if bias_O is None else bias_O.float()
+    for top, product in zip(
+        range(0, height, TILE), products.view(len(kernel), rows, -1).unbind(1), strict=True
+    ):
+        places = quick_linear(back, product.contiguous().t())
+        places = places.view(TILE, TILE, columns, num_frames, channels).permute(3, 0, 2, 1, 4)
+        result = out_THWO[:, top : top + TILE]
+        if add:
+            places += bias
+        if width % TILE:
+            places = places.flatten(2, 3)[:, :, :width]
+        else:
+            result = result.unflatten(2, (columns, TILE))
+        places = places[:, : height - top]
+        _ = result.add_(places) if add else torch.add(places, bias, out=result)
+
+
+def _multiply(tiles: Tensor, kernel: Tensor) -> Tensor:
+    """[36, places, T + 2, C] and [36, O, 3 * C] -> [36, places * T, O]."""
     windows = (tile.unfold(1, TAPS, 1).transpose(2, 3).flatten(2).flatten(0, 1) for tile in tiles)
-    products = torch.empty(len(kernel), rows * columns * num_frames, out_channels)
+    num_windows = tiles.shape[1] * (tiles.shape[2] - TAPS + 1)
+    products = torch.empty(len(kernel), num_windows, kernel.shape[1])
     for i, window in enumerate(windows):
         products[i] = quick_linear(window, kernel[i])
-    results = out_THWO.unflatten(2, (columns, TILE)).unflatten(1, (rows, TILE))
-    bias = torch.zeros(()) if bias_O is None else bias_O
-    _, _, back = _matrices()
-    for row, product in enumerate(products.view(len(kernel), rows, -1).unbind(1)):
-        places = (back.to(product) @ product).view(TILE, TILE, columns, num_frames, out_channels)
-        torch.add(places.permute(3, 0, 2, 1, 4), bias, out=results[:, row])  # T, 4, columns, 4, O
+    return products
 
 
 def _transform_tiles(x_THWC: Tensor, rows: int, columns: int) -> Tensor:
-    """[36, rows * columns, T + 2, C], a row of tiles at a time, which stays in the cache."""
+    """[36, rows * columns, T + 2, C]."""
     _, forth, _ = _matrices()
     side = TILE + HALO
-    tiles = torch.empty(side * side, rows, columns, x_THWC.shape[0], x_THWC.shape[3])
     patches = x_THWC.unfold(1, side, TILE).unfold(2, side, TILE)  # T, rows, columns, C, 6, 6
-    for row in range(rows):
-        patch = patches[:, row].permute(3, 4, 1, 0, 2)  # 6, 6, columns, T, C
-        tiles[:, row].flatten(1).copy_(quick_linear(forth.to(x_THWC), patch.reshape(side * side, -1).t()))
-    return tiles.flatten(1, 2)
+    patches = patches.permute(4, 5, 1, 2, 0, 3).reshape(side * side, -1)
+    return quick_linear(forth, patches.t()).view(len(forth), rows * columns, *x_THWC.shape[::3])
 
 
 @cache

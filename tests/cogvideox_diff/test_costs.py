@@ -127,8 +127,10 @@ def work_of(config: CogVideoXConfig, stage: str, plan: Plan, *, tiled: bool = Fa
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The VAE's strips, which the CPU leaves out in this dtype."""
-    monkeypatch.setattr(fast, "PLAIN_ON_CPU", ())
+    """Without Winograd's algorithm and in a GPU's strips."""
+    monkeypatch.setattr(fast, "_winograd_kernel", lambda conv, x: None)
+    monkeypatch.setattr(fast, "STRIP_BYTES", {})
+    monkeypatch.setattr(fast, "BLOCKS", {})
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideox_diff import fast_block
-from cogvideox_diff.config import TransformerConfig, VAEConfig
+from cogvideox_diff.config import PRESETS, TransformerConfig, VAEConfig
 from cogvideox_diff.cpu_linear import apply_linear, quick_linear
+from cogvideox_diff.memory import native_plan, stage_needs
 from cogvideox_diff.transformer import Attention, ExpertTransformer
-from cogvideox_diff.vae import fast, winograd
+from cogvideox_diff.vae import blocks, fast, winograd
 from cogvideox_diff.vae.autoencoder import CausalVAE
-from cogvideox_diff.vae.causal_conv import ClipContext
+from cogvideox_diff.vae.causal_conv import ClipContext, conv_by_taps
+from shared.memory import peak_bytes
 
 NET = TransformerConfig(
     num_layers=2,
@@ -116,6 +118,14 @@ def test_winograds_convolution(channels: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
+def test_few_kernels_by_taps() -> None:
+    conv, x = nn.Conv3d(6, 3, 3), torch.randn(5, 9, 11, 6)
+    wanted = conv(x.movedim(-1, 0)[None])[0]
+    torch.testing.assert_close(conv_by_taps(x, conv.weight, conv.bias), wanted)
+    torch.testing.assert_close(conv_by_taps(x, conv.weight, None), wanted - conv.bias[:, None, None, None])
+
+
+@torch.no_grad()
 def test_moments_of_groups() -> None:
     """Far from zero, in several blocks: as exact as torch's are where channels are first."""
     x = torch.randn(9, 40, 60, 16) * torch.rand(16) + 50
@@ -139,7 +149,7 @@ def test_vae_without_gradients(
     """Two clips in several pieces; sides that are no multiple of a tile; narrow strips and whole frames."""
     monkeypatch.setitem(fast.STRIP_BYTES, "cpu", strip)
     monkeypatch.setattr(fast, "WINOGRAD_STRIP_BYTES", strip)
-    monkeypatch.setattr(fast, "PLAIN_ON_CPU", ())
+    monkeypatch.setattr(blocks, "FRAMES_BYTES", strip)
     net, exact_net = copy.deepcopy(vae).to(dtype), copy.deepcopy(vae).double()
     z, pixels = torch.randn(2, 4, 5, 3, 5), torch.rand(2, 3, 17, 24, 40) * 2 - 1
     for run, x in ((lambda net, x: net.decode(x), z), (lambda net, x: net.encode(x).mean, pixels)):
@@ -149,6 +159,29 @@ def test_vae_without_gradients(
             quick = run(net, x.to(dtype))
         assert not torch.equal(quick, plain), "the quick form was not taken"
         assert error(quick, exact) < (4e-6 if dtype == torch.float32 else 1.2 * error(plain, exact))
+
+
+@pytest.mark.parametrize("way", ["decode", "encode"])
+def test_planned_memory_is_what_is_taken(vae: CausalVAE, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is made on the meta device, as a GPU computes; here the CPU computes so too."""
+    monkeypatch.setattr(fast, "_winograd_kernel", lambda conv, x: None)
+    for module, name in ((fast, "STRIP_BYTES"), (fast, "BLOCKS")):
+        monkeypatch.setattr(module, name, {})
+    for name in ("OTHER_STRIP_BYTES", "OTHER_BLOCK"):
+        monkeypatch.setattr(fast, name, 2**14)
+    monkeypatch.setattr(blocks, "FRAMES_BYTES", 2**16)
+    net = copy.deepcopy(vae).to(torch.bfloat16)
+    x = torch.randn((1, 4, 5, 6, 10) if way == "decode" else (1, 3, 17, 48, 80)).bfloat16()
+    measured = peak_bytes(lambda: getattr(net, way)(x))
+    net, x = net.to("meta"), x.to("meta")
+    assert peak_bytes(lambda: getattr(net, way)(x)) == pytest.approx(measured, rel=0.01)
+
+
+def test_memory_of_the_released_vae() -> None:
+    """Weights and tensors of 49 x 480 x 720 in half precision, whole frames in the model's own pieces."""
+    config = PRESETS["cogvideox-5b"]()
+    need = {x.stage: x for x in stage_needs(config, native_plan(config), torch.float16)}["decode"]
+    assert need.weights + need.work < 6 * 2**30
 
 
 def test_who_takes_the_quick_form(vae: CausalVAE) -> None:
