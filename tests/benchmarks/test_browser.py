@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.storage import RunFolder
 from tests.benchmarks.browser import Page, browser
 
@@ -62,6 +63,25 @@ def test_it_asks_for_its_own_file_only(report: Page, reported: RunFolder) -> Non
     report.run("window.scrollTo(0, document.body.scrollHeight)")
     assert report.requests == [(reported.path / "report.html").resolve().as_uri()]
     assert report.complaints == []
+
+
+@pytest.mark.slow
+def test_the_demo_from_the_command_line_plays(
+    chromium: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`run demo`, again, `report`: real weights of both families, and the page as a reader opens it."""
+    run = tmp_path / "run"
+    words = ["run", "demo", "--num_prompts", "2", "--num_clips", "1", "--output_path", str(run), "--quiet"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(words) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main(["report", str(run)]) == 0
+    with browser(chromium, tmp_path / "chromium") as page:
+        page.open(run / "report.html")
+        page.until(READY)
+        page.run(SHOW_FILMS)
+        page.until(f"{PLAYS} && {TIMES}.some((time) => time > 0)")
+        assert page.requests == [(run / "report.html").resolve().as_uri()] and page.complaints == []
 
 
 def test_keys_play_and_step(report: Page) -> None:
