@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvideo_ar.sampling import CogLMSampler, cluster_codebook, draw_uniforms, guide
+from cogvideo_ar.sampling import CogLMSampler, cluster_codebook, draw_index, draw_uniforms, guide
 
 VOCAB = 30
 
@@ -179,3 +179,15 @@ def test_no_cluster_is_empty_even_among_equal_rows(num_clusters: int) -> None:
 def test_illegal_input_is_named(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_second_draw_is_by_the_cluster_as_a_whole_row_has_it():
+    """`sample` looks at one cluster alone, be it small or large; `_within` at every token."""
+    generator = torch.Generator().manual_seed(8)
+    labels = torch.randint(9, (60,), generator=generator) ** 2
+    sampler = CogLMSampler(labels)
+    z_BV = sampler._scaled(torch.randn(50, 60, generator=generator) * 3)
+    uniform_B = torch.rand(50, generator=generator, dtype=torch.float64)
+    cluster_B = labels[torch.randint(60, (50,), generator=generator)]
+    wanted = draw_index(sampler._within(z_BV, cluster_B), uniform_B)
+    assert torch.equal(sampler._draw_within(z_BV, cluster_B, uniform_B), wanted)
