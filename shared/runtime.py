@@ -19,6 +19,7 @@ from shared.errors import OutputCheckError, SettingError
 from shared.protocol import StageStats
 
 THREADS_PAY_FROM = 50_000_000  # parameters
+MOST_WORKERS = 256
 T = TypeVar("T")
 
 DTYPES = {
@@ -46,6 +47,13 @@ def spare_threads(*nets: nn.Module) -> None:
     parameters = sum(p.numel() for net in nets for p in net.parameters())
     if parameters < THREADS_PAY_FROM and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def check_workers(count: int) -> int:
+    """A number of processes beside this one; SettingError for one that would bring the machine down."""
+    if not 0 <= count <= MOST_WORKERS:
+        raise SettingError(f"num_workers must be 0 to {MOST_WORKERS}, got {count}")
+    return count
 
 
 def parse_device(name: str) -> torch.device:

@@ -62,9 +62,10 @@ def run(options: argparse.Namespace) -> None:
     """Everything is checked before the weights are read."""
     from cogvideo_ar.training.tuning import tune
     from shared.generation_cli import check_writable
-    from shared.runtime import parse_device
+    from shared.runtime import check_workers, parse_device
     from shared.training_parallel import started_strategy
 
+    check_workers(options.num_workers)
     device = parse_device(options.device)
     job = make_job(options)
     told = _told(job, job.check())

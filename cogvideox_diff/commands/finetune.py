@@ -83,9 +83,10 @@ def run(options: argparse.Namespace) -> None:
     from cogvideox_diff.formats import open_folder
     from cogvideox_diff.training.tuning import tune
     from shared.generation_cli import check_writable
-    from shared.runtime import parse_device
+    from shared.runtime import check_workers, parse_device
     from shared.training_parallel import started_strategy
 
+    check_workers(options.num_workers)
     folder = open_folder(options.model_path)
     job = make_job(options, folder)
     job.check()

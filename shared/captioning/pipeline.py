@@ -32,6 +32,7 @@ from shared.captioning.protocols import (
 from shared.captioning.retrying import Stop
 from shared.clips.dataset import Clip, content_key, probe
 from shared.errors import OutputPathError, SettingError, UserError
+from shared.runtime import check_workers
 from shared.video import Video
 from shared.video_io import read_video
 
@@ -178,6 +179,7 @@ def caption_all(
     so does a refusal (RefusedError). On any end `stop` is set: threads finish the question they have asked,
     keep its answer, and ask no more.
     """
+    check_workers(num_workers)
     if num_workers < 1 or max_failures < 1:
         raise SettingError(
             f"num_workers and max_failures must be at least 1, got {num_workers} and {max_failures}"

@@ -135,6 +135,8 @@ def _read_labels(folder: Path) -> tuple[Clip, ...]:
 
 
 def _clip(number: int, name: str, folder: Path, caption: str, rest: Mapping[str, Any] | None = None) -> Clip:
+    if "\0" in name:
+        raise SettingError(f"clip {number} of {folder} is named {name[:80]!r}, as no file can be")
     return Clip(number=number, name=name, video=folder / name, caption=caption.strip(), fields=rest or {})
 
 

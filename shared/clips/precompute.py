@@ -34,6 +34,7 @@ from shared.errors import (
 )
 from shared.files import write_json
 from shared.json_files import parse_json, read_object, shaped
+from shared.runtime import check_workers
 
 FORMAT = 1
 INDEX, SUFFIX = "index.json", ".safetensors"
@@ -257,9 +258,7 @@ class _Mapped(Dataset):
 
 def _mapped(values: Sequence[T], work: Callable[[T], Any], num_workers: int) -> Iterator[Any]:
     """`work` of every value, in order; with workers, ahead of need."""
-    if num_workers < 0:
-        raise SettingError(f"num_workers must not be negative, got {num_workers}")
-    if num_workers == 0 or not values:
+    if check_workers(num_workers) == 0 or not values:
         return iter(map(work, values))
     return _watched(
         DataLoader(_Mapped(values, work), batch_size=None, num_workers=num_workers, collate_fn=_same)

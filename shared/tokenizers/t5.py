@@ -99,8 +99,9 @@ def _from_folder(folder: Path, shown: str) -> Any:
     check_tokenizer(folder, shown)
     try:
         tokenizer = HFT5Tokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise WeightsError(f"{shown} is not a T5 tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # its reader raises of all kinds, plain Exception among them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{shown} is not a T5 tokenizer: {reason}") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise WeightsError(f"the tokenizer in {shown} has no <pad> or no </s>")
     return tokenizer

@@ -126,7 +126,7 @@ def test_faults_that_would_hit_every_item_end_the_call(tmp_path: Path) -> None:
         write_shards(items(3), read, encode, tmp_path, quiet=True)
     with pytest.raises(SettingError, match="at least 1 item"):
         write_shards(items(3), read, doubled, tmp_path, per_shard=0)
-    with pytest.raises(SettingError, match="num_workers must not be negative"):
+    with pytest.raises(SettingError, match="num_workers must be 0 to 256"):
         write_shards(items(3), read, doubled, tmp_path, num_workers=-1)
 
 

@@ -48,10 +48,9 @@ def measured_clips(options: argparse.Namespace) -> list[Measured]:
     """The clips of `add_input_flags`, measured; files that are not there are among them."""
     from shared.clips.dataset import folder_of, read_clips
     from shared.clips.measures import measure_all
-    from shared.errors import SettingError
+    from shared.runtime import check_workers
 
-    if options.num_workers < 0:
-        raise SettingError(f"num_workers must not be negative, got {options.num_workers}")
+    check_workers(options.num_workers)
     clips = read_clips(options.input_path, must_exist=False)
     scores = options.scores or folder_of(options.input_path) / SCORES
     return measure_all(clips, scores, num_workers=options.num_workers, quiet=options.quiet or options.json)
