@@ -26,6 +26,7 @@ SIGNS = (  # in the words of torch's allocators and libraries
     "not enough memory",
     "Cannot allocate memory",
     "bad_alloc",
+    "can't start new thread",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
