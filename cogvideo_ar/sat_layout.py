@@ -132,7 +132,7 @@ class SatFolder:
             interpolation=replace(interpolation, temporal="window", window=window),
             vqvae=vqvae,
             super_resolution=self._fine_config("direct", ids),
-            refinement=self._fine_config("iterative", ids) if self._fine("direct") else None,
+            refinement=self._fine_config("iterative", ids) if self.fine_checkpoint("direct") else None,
             sampling=released.sampling,
         )
 
@@ -254,7 +254,7 @@ class SatFolder:
         path = self._find(CLUSTERS)
         return None if path is None else read_clusters(path, size)
 
-    def _fine(self, kind: str) -> Path | None:
+    def fine_checkpoint(self, kind: str) -> Path | None:
         """The checkpoint of super-resolution of this kind."""
         given = self.parts.super_resolution_path if kind == "direct" else self.parts.refinement_path
         if given is not None:
@@ -266,7 +266,7 @@ class SatFolder:
         return found[0] if found else None
 
     def _fine_config(self, kind: str, ids: Mapping[str, int]) -> SuperResolutionConfig | None:
-        folder = self._fine(kind)
+        folder = self.fine_checkpoint(kind)
         if folder is None:
             return None
         return fine_config(load_checkpoint(folder, shapes_only=True), read_facts(folder), ids)
@@ -274,7 +274,7 @@ class SatFolder:
     def _load_fine(
         self, config: SuperResolutionConfig | None, table: Table, dtype: torch.dtype, device: torch.device
     ) -> SuperResolutionTransformer | None:
-        folder = None if config is None else self._fine(config.kind)
+        folder = None if config is None else self.fine_checkpoint(config.kind)
         if folder is None:
             return None
         tensors = convert(load_checkpoint(folder), table)

@@ -48,8 +48,18 @@ def apply_delta(base: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
         if target not in base:
             raise WeightsError(f"{folder / DELTA} changes {target}, which its base does not have")
         stored = base[target]
+        if name.endswith((DOWN, UP)):
+            down, up = (changes.get(target + end) for end in (DOWN, UP))
+            if down is None or up is None or not _pairs(down, up, stored):
+                raise WeightsError(f"{folder / DELTA} changes {target} by a pair that does not fit its base")
         if name.endswith(DOWN):
             tensors[target] = (stored.float() + changes[target + UP].float() @ x.float()).to(stored.dtype)
         elif not name.endswith(UP):
             tensors[target] = x.to(stored.dtype)
     return tensors
+
+
+def _pairs(down: Tensor, up: Tensor, stored: Tensor) -> bool:
+    """Whether B A can be added to a weight [O, I]."""
+    flat = down.ndim == up.ndim == stored.ndim == 2
+    return flat and len(down) == up.shape[1] and (len(up), down.shape[1]) == tuple(stored.shape)

@@ -54,7 +54,7 @@ def weights_mark(folder: Path) -> str:
     `folder` may be a single file."""
     digest = hashlib.sha256()
     inside = [folder] if folder.is_file() else folder.rglob("*")
-    for path in sorted(path for path in inside if path.is_file() and path.suffix != ".md"):
+    for path in sorted(path for path in inside if path.is_file() and not _is_document(path)):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)} {size}\n".encode())
         with path.open("rb") as file:
@@ -62,6 +62,10 @@ def weights_mark(folder: Path) -> str:
             file.seek(max(size - MARK_BYTES, 0))
             digest.update(file.read(MARK_BYTES))
     return digest.hexdigest()[:16]
+
+
+def _is_document(path: Path) -> bool:
+    return path.suffix == ".md" or path.name == "SHA256SUMS"
 
 
 def combined_mark(folder: Path | None, parts: Mapping[str, Path]) -> str:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.config_io import to_plain
 from shared.errors import WeightsError
 
-Level = Literal["bad", "risk"]
+Level = Literal["bad", "risk", "note"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that is wrong ("bad") or may go wrong ("risk")."""
+    """One thing that is wrong ("bad"), may go wrong ("risk"), or is worth knowing ("note")."""
 
     level: Level
     reason: str
-    next: str = ""  # a command, or what to do by hand
+    next: str = ""  # a command as a shell takes it; "": none is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,12 @@ class Diagnosis:
     model: str = "unknown"  # the preset it has the structure of
     findings: tuple[Finding, ...] = ()
     use: str = ""  # the command that the files are good for
+    sha256: dict[str, str] = field(default_factory=dict)  # by file, where they were computed
 
     @property
     def verdict(self) -> Literal["good", "risky", "bad"]:
         levels = {finding.level for finding in self.findings}
-        return "bad" if "bad" in levels else "risky" if levels else "good"
+        return "bad" if "bad" in levels else "risky" if "risk" in levels else "good"
 
     @property
     def exit_code(self) -> int:
@@ -55,7 +56,8 @@ class Diagnosis:
         """As sentences."""
         head = f"{self.path}: {self.verdict} (family {self.family}, layout {self.layout}, model {self.model})"
         found = [f"{finding.level}: {finding.reason}" for finding in self.findings]
-        return [head, *found, *([f"next: {self.next}"] if self.next else [])]
+        sums = [f"sha256: {digest}  {file}" for file, digest in self.sha256.items()]
+        return [head, *found, *sums, *([f"next: {self.next}"] if self.next else [])]
 
 
 def bad(reason: object, next_step: str = "") -> Finding:
@@ -66,3 +68,8 @@ def bad(reason: object, next_step: str = "") -> Finding:
 def risk(reason: object, next_step: str = "") -> Finding:
     """What may spoil results."""
     return Finding(level="risk", reason=str(reason), next=next_step)
+
+
+def note(reason: object) -> Finding:
+    """What spoils nothing."""
+    return Finding(level="note", reason=str(reason))

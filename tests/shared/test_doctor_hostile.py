@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import importlib
 import json
 import logging
 import os
@@ -387,6 +388,33 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path):
     for path in (tmp_path / "a.safetensors", Path("/dev/zero")):
         with pytest.raises(WeightsError, match="not a regular file"):
             check_file(path)
+
+
+DOCTORED = (  # (family, where the file lies)
+    *(("cogvideox_diff", name) for name in ("transformer/1/mp_rank_00_model_states.pt", "vae/3d-vae.pt")),
+    *(("cogvideox_diff", name) for name in ("pytorch_lora_weights.bin", "text_encoder/pytorch_model.bin")),
+    *(("cogvideo_ar", name) for name in ("cogvideo-stage1/1/mp_rank_00_model_states.pt", "ice_image.pt")),
+    *(("cogvideo_ar", name) for name in ("cluster_label2.npy", "ice_text.model", "keyframes.safetensors")),
+)
+
+
+@pytest.mark.parametrize(("family", "place"), DOCTORED)
+def test_the_doctors_run_nothing(family: str, place: str, mark: Path, capsys: pytest.CaptureFixture[str]):
+    """Neither of a folder nor of the file alone, with sums or without."""
+    program = importlib.import_module(f"{family}.__main__").PROGRAM
+    file = mark.parent / "model" / place
+    file.parent.mkdir(parents=True)
+    for index, attack in enumerate(attacks(str(mark)).values()):
+        if index % 2:
+            torch.save({"module": {"w": torch.zeros(2), "x": attack}}, file)
+        else:
+            file.write_bytes(pickle.dumps(attack, protocol=2))
+        for latest in (file.parents[1] / "latest", mark.parent / "model" / "transformer" / "latest"):
+            if latest.parent.is_dir() and latest.parent != mark.parent / "model":
+                latest.write_text("1")
+        for path in (mark.parent / "model", file.parents[1], file):
+            assert program.main(["doctor", str(path), "--json", "--hash"]) == 3
+    assert "Traceback" not in capsys.readouterr().err and not os.path.lexists(mark)
 
 
 # ---- the code that reads
