@@ -37,7 +37,7 @@ LOCAL_PASSES = 9  # for every entry of a window: a product and a sum with keys, 
 PREFILL_ROWS = 11  # input, its sum with the attention, its norm, the MLP's inner rows twice
 WINDOW_ROWS = 12  # the folded queries, keys and values of a windowed channel are more than that
 STEP_ROWS = 10
-DRAW_BYTES = 40  # of a logit while a token is drawn: float32, then float64 scaled, sorted, summed
+DRAW_BYTES = 30  # of a logit while a token is drawn: float32, then float64 scaled, sorted, summed
 FINE_ROWS = 16  # local attention computes in float32
 CODEC_MAPS = 4  # feature maps alive in a residual block
 

@@ -108,25 +108,27 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {_key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                self._add(x.untyped_storage())
+            if isinstance(x, Tensor) and (key := _key(x)) not in given and key not in self._known:
+                self._add(key, x if x.is_mkldnn else x.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
+    def _add(self, key: int, held: Tensor | torch.UntypedStorage) -> None:
         self._known.add(key)
-        size = storage.nbytes()
+        size = held.numel() * held.element_size() if isinstance(held, Tensor) else held.nbytes()
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
+        weakref.finalize(held, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _key(x: Tensor) -> int:
+    """Names the memory of a tensor; what oneDNN has laid out has no storage, and no views either."""
+    return id(x) if x.is_mkldnn else x.untyped_storage()._cdata
 
 
 @torch.no_grad()

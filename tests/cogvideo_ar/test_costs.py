@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cogvideo_ar import fast_decode
 from cogvideo_ar.__main__ import main
 from cogvideo_ar.config import (
     SuperResolutionConfig,
@@ -69,6 +70,12 @@ CHANNELS = {
     "local": replace(BASE, temporal="local", extent=(2, 3, 3)),
 }
 DEMO = cogvideo_demo()
+
+
+@pytest.fixture(autouse=True)
+def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is of the plain blocks: the CPU's copies of the weights of small nets come on top."""
+    monkeypatch.setattr(fast_decode, "MOST_BYTES", 0)
 
 
 def stages_of(config: TransformerConfig, text: int = TEXT) -> dict[str, TokenStage]:

@@ -158,6 +158,20 @@ def test_a_large_net_is_not_copied() -> None:
     assert fast_decode.packed_bytes(model) > 10 * fast_decode.MOST_BYTES
 
 
+def test_the_copies_are_as_large_as_what_they_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = keyframe_layout(config := tiny_config(num_heads=8, head_dim=16), 3)
+    model, text = calm_model(config), torch.full((1, 3), 30)
+    given_slots = torch.zeros(1, layout.frame_len, dtype=torch.long)
+
+    def held() -> int:
+        states = []
+        return peak_bytes(lambda: states.append(model.start(text, given_slots, layout)))
+
+    copied = held()
+    monkeypatch.setattr(fast_decode, "MOST_BYTES", 0)
+    assert copied - held() == pytest.approx(fast_decode.packed_bytes(model), rel=0.1)
+
+
 def test_decoding_without_copies_holds_little_beside_weights_and_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

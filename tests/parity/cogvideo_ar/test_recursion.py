@@ -90,6 +90,7 @@ def test_recorded_run(name: str, monkeypatch: pytest.MonkeyPatch):
     config = config_of(facts, window=0, start_of_image=start, frame_len=frame_len)
     stub = StubNetwork(run["calls"], start)
     monkeypatch.setattr(keyframes, "generate_tokens", stub)
+    monkeypatch.setattr(keyframes, "generate_tokens_with_guesses", stub)
     monkeypatch.setattr(interpolation, "generate_tokens_in_waves", stub)
 
     guided = any(call["guider_prefix_ids"] is not None for call in run["calls"])
