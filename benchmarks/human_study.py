@@ -111,6 +111,8 @@ def make_study(
     that would tell raters who made them.
     """
     one_of("form", form, list(FORMS))
+    if seed < 0:
+        raise SettingError(f"seed must not be negative, got {seed}")
     if not 1 <= raters <= MOST_RATERS or pairs < 0:
         raise SettingError(f"raters must be 1 to {MOST_RATERS} and pairs 0 or more, got {raters} and {pairs}")
     found = find_pairs(folder)

@@ -25,7 +25,7 @@ from shared.errors import SettingError, UserError
 from shared.json_files import parse_json, read_object
 from shared.protocol import GenerationRequest, GenerationResult
 from shared.video import Video
-from shared.video_io import read_video
+from shared.video_io import opened, read_video
 
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
 COUNTLESS = {"matroska", "webm"}  # formats that tell their duration, but not how many frames they have
@@ -101,8 +101,7 @@ def read_whole(path: Path) -> Video:
 def _announced(path: Path) -> tuple[int, int]:
     """How many frames the file's head promises, 0 where it does not say, and how far that may be off."""
     try:
-        with av.open(path) as container:
-            stream = container.streams.video[0]
+        with opened(path) as (container, stream):
             if stream.frames or not COUNTLESS & {*container.format.name.split(",")}:
                 return stream.frames, 0
             if len(container.streams) > 1 or not container.duration or not stream.average_rate:

@@ -19,6 +19,7 @@ from shared.errors import OutOfMemoryError, OutputCheckError, OutputPathError, S
 
 ConfigT = TypeVar("ConfigT")
 INTERRUPTED = 130
+MOST = 2**63 - 1  # of whole numbers
 
 
 # ---- overrides of nested frozen dataclasses
@@ -161,7 +162,19 @@ class FlagParser(argparse.ArgumentParser):
             legal = [flag for flag in self._all_flags() if flag.startswith("--")]
             near = nearest(unknown[0].partition("=")[0], legal)
             self.error(f"unrecognised argument {unknown[0]}{near}")
+        self._check_numbers(vars(parsed))
         return parsed
+
+    def _check_numbers(self, values: Mapping[str, Any]) -> None:
+        """No flag means infinity, what is not a number, or more than a machine counts to."""
+        for name, value in values.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    self.error(f"{name} must be a finite number, got {number}")
+                if isinstance(number, int) and not -MOST <= number <= MOST:
+                    self.error(
+                        f"{name} must be at most {MOST}, got a number of {len(str(abs(number)))} digits"
+                    )
 
     def error(self, message: str) -> NoReturn:
         report(SettingError(f"{self.prog}: {message}"), as_json=self._as_json)

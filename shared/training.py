@@ -71,6 +71,8 @@ class TrainConfig:
         for name in ("steps", "accumulation", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise SettingError(f"seed must be 0 to {2**32 - 1}, got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise SettingError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -232,10 +233,7 @@ def read_video(
 
 def _read_file(path: Path, start: int, stop: int | None) -> tuple[list[Pixels], float | None]:
     try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video stream")
-            stream = container.streams.video[0]
+        with opened(path) as (container, stream):
             if stream.width * stream.height < THREADS_PAY_FROM:
                 stream.thread_type = "NONE"
             frames: list[Pixels] = []
@@ -249,6 +247,19 @@ def _read_file(path: Path, start: int, stop: int | None) -> tuple[list[Pixels], 
             return frames, _rate_of(container, stream, times)
     except (FFmpegError, OSError) as error:
         raise UserError(f"cannot read the video {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Any, VideoStream]]:
+    """A container and its first video stream. UserError where it has none, or one of a kind unknown to this
+    FFmpeg, as damaged files say; errors of FFmpeg's are the caller's to word."""
+    with av.open(path, metadata_errors="replace") as container:
+        if not container.streams.video:
+            raise UserError(f"{path} has no video stream (only sound?)")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise UserError(f"{path} has a video stream of an unknown kind")
+        yield container, stream
 
 
 def _begin_and_end(frame: VideoFrame) -> tuple[Fraction, Fraction]:

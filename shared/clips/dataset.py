@@ -18,14 +18,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import torch
 from av.error import FFmpegError
 
 from shared.errors import SettingError, UserError
 from shared.json_files import parse_json
 from shared.video import Video
-from shared.video_io import FOLDER_META, read_video
+from shared.video_io import FOLDER_META, opened, read_video
 
 METADATA, PROMPTS, VIDEOS = "metadata.jsonl", "prompts.txt", "videos.txt"
 VIDEO_FIELDS, CAPTION_FIELDS = ("video", "file_name"), ("caption", "text")
@@ -198,8 +197,7 @@ def probe(path: Path) -> Extent:
 def _declared(path: Path) -> tuple[int, float]:
     """Number of frames, by the container's table or its packets, and their rate."""
     try:
-        with av.open(path) as container:
-            stream = container.streams.video[0]
+        with opened(path) as (container, stream):
             count = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
             rate = stream.average_rate or stream.guessed_rate or Fraction(0)
     except (FFmpegError, OSError) as error:

@@ -27,7 +27,7 @@ from shared.clips.dataset import Clip, content_key
 from shared.config_io import check_type
 from shared.errors import OutputPathError, UserError
 from shared.json_files import parse_json
-from shared.video_io import read_video
+from shared.video_io import opened, read_video
 
 FORMAT = 1  # raised when a measure changes, so that older lines are measured again
 SIDE = 32  # pixels of a thumbnail, whatever the clip's aspect
@@ -99,10 +99,8 @@ def _thumbnails(path: Path) -> tuple[dict[str, Any], Frames]:
         about = {"height": video.height, "width": video.width, "fps": video.fps, "num_frames": len(small)}
         return about, np.stack(small)
     try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise UserError("it has no video stream (only sound?)")
-            return _decoded(container, container.streams.video[0])
+        with opened(path) as (container, stream):
+            return _decoded(container, stream)
     except (FFmpegError, OSError) as error:
         raise UserError(f"it cannot be decoded: {error.strerror or error}") from error
 

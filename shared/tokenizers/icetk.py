@@ -13,6 +13,7 @@ from typing import overload
 import sentencepiece
 
 from shared.errors import WeightsError
+from shared.tokenizers.base import whole_characters
 from shared.tokenizers.model_bytes import piece_record, rescored
 
 NUM_IMAGE_TOKENS = 20000
@@ -109,6 +110,7 @@ class IceTokenizer:
         self._model = model
 
     def _plain(self, text: str, ignore_linebreak: bool) -> str:
+        text = whole_characters(text)
         return text if ignore_linebreak else text.replace("\n", LINEBREAK)
 
     def _id(self, text: str) -> int:

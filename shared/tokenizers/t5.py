@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shared.errors import WeightsError
 from shared.json_files import read_object
+from shared.tokenizers.base import whole_characters
 
 SPIECE = "spiece.model"
 
@@ -77,12 +78,6 @@ class T5Tokenizer:
 
     def _tail(self, row: list[int]) -> str:
         return "" if len(row) <= self.text_len else self.decode(row[self.text_len - 1 :])
-
-
-def whole_characters(text: str) -> str:
-    """`text` with a replacement character for each half of a character: the tokenizer takes no such halves,
-    and bytes of a command line that are no text arrive as some."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_tokenizer(path: Path) -> Any:

@@ -58,7 +58,7 @@ CASES = (
     Case("frames/video.json", DIFF, f"{DRY} --model_path $/diff --image_or_video_path $/frames", 6),
     Case("clips/metadata.jsonl", DATA, f"check {CLIPS} --report r.json --scores s.jsonl", 3),
     Case("clips/metadata.jsonl", DIFF, f"{TUNE} $/diff --data $/clips --output_path o --dry_run", 3),
-    Case("clips/scores.jsonl", DATA, f"filter {CLIPS} --output_path m.jsonl --min_motion 1 --max_cuts 0", 8),
+    Case("clips/scores.jsonl", DATA, f"filter {CLIPS} --output_path m.jsonl --min_motion 0 --max_cuts 9", 8),
     Case("tokens/index.json", AR, f"{TUNE} $/ar --data $/tokens --output_path o --dry_run", 10),
     Case("tuned/run/recipe.json", DIFF, f"{TUNE} $/diff {AGAIN}", 1),
     Case("suite.json", BENCH, "run $/suite.json --dry_run --quiet", 16),
@@ -98,5 +98,6 @@ def test_other_values(case: Case, world: World, tally: Tally) -> None:
 def test_undamaged(case: Case, world: World, tally: Tally) -> None:
     """The calls themselves are right: what they refuse above is the damage."""
     code = tally.command(UNDAMAGED, programs()[case.program], case.argv(world), world.scratch)
-    assert code == (2 if "--models nothing" in case.words else 0)
+    legal = {IMPORT.split()[0]: (2,), "doctor": (0, 3)}  # a model that is none; a part without its model
+    assert code in legal.get(case.words.split()[0], (0,))
     world.restore()
