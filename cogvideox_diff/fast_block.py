@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideox_diff.cpu_linear import apply_linear, has_quick_linear, quick_linear
 from shared.attention import attend
+from shared.cpu_linear import apply_linear, has_quick_linear, quick_linear
 
 if TYPE_CHECKING:
     from cogvideox_diff.transformer import Attention, ExpertAdaLayerNorm, ExpertBlock, Rope
@@ -25,6 +25,7 @@ FEWEST_TOKENS = 1024  # for attention in blocks
 BLOCK_ROWS = 512
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate [D]
+Modulations = tuple[Modulation, Modulation]  # of the text and of the video
 
 
 def applies(video_BVD: Tensor) -> bool:
@@ -41,15 +42,14 @@ def run_block(
 ) -> tuple[Tensor, Tensor]:
     """What `block` does; the inputs stay as they are."""
     text, video = torch.empty_like(text_BLD), torch.empty_like(video_BVD)
-    emb_BE = F.silu(emb_BE)
-    for b in range(len(emb_BE)):
-        text_mod, video_mod = modulations(block.norm1, emb_BE[b])
+    for b, (first, second) in enumerate(all_modulations(block, emb_BE)):
+        text_mod, video_mod = first
         joint = normalised(block.norm1.norm, (text_BLD[b], text_mod), (video_BVD[b], video_mod))
         parts = attention(block.attn, joint, rope, len(text_BLD[b])).tensor_split([len(text_BLD[b])])
         torch.addcmul(text_BLD[b], text_mod[2], parts[0], out=text[b])
         torch.addcmul(video_BVD[b], video_mod[2], parts[1], out=video[b])
 
-        text_mod, video_mod = modulations(block.norm2, emb_BE[b])
+        text_mod, video_mod = second
         joint = normalised(block.norm2.norm, (text[b], text_mod), (video[b], video_mod))
         hidden = apply_linear(block.mlp.fc1, joint, gelu=True)
         parts = apply_linear(block.mlp.fc2, hidden).tensor_split([len(text_BLD[b])])
@@ -58,7 +58,14 @@ def run_block(
     return text, video
 
 
-def modulations(norm: ExpertAdaLayerNorm, emb_E: Tensor) -> tuple[Modulation, Modulation]:
+def all_modulations(block: ExpertBlock, emb_BE: Tensor) -> list[tuple[Modulations, Modulations]]:
+    """Of both norms, for every sample; computed once where all have one embedding, expanded."""
+    distinct = emb_BE[:1] if emb_BE.stride(0) == 0 else emb_BE
+    found = [(modulations(block.norm1, e), modulations(block.norm2, e)) for e in F.silu(distinct)]
+    return found if len(found) == len(emb_BE) else found * len(emb_BE)
+
+
+def modulations(norm: ExpertAdaLayerNorm, emb_E: Tensor) -> Modulations:
     """Of the text and of the video."""
     text, video = (layer(emb_E).chunk(3) for layer in (norm.text, norm.video))
     return (text[0], text[1], text[2]), (video[0], video[1], video[2])

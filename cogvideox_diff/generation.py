@@ -99,6 +99,7 @@ class Engine:
         self.config, self.parts, self.tokenizer_path = config, parts, tokenizer
         self.placement, self.tiled, self.sliced = placement, tiled, sliced
         self.read_text_encoder = read_text_encoder
+        self.step: Callable[..., Tensor] | None = None  # the transformer, as `Acceleration.apply` made it
         self._known: OrderedDict[str, tuple[Tensor, str]] = OrderedDict()
         placement.place(parts.transformer, parts.vae)
         placement.place(parts.text_encoder, pin=False)  # it is not needed often: let it stay a mapped file
@@ -260,7 +261,7 @@ class Engine:
     ) -> Predictor:
         """The transformer, or what the plan approximates it by, with all that it is given besides the
         sample."""
-        model: Callable[..., Tensor] = self.parts.transformer
+        model: Callable[..., Tensor] = self.step or self.parts.transformer
         if plan.approximation.is_on:
             plan.approximation.check(offload=self.placement.mode)
             model = ApproximateTransformer(self.parts.transformer, plan.approximation, plan.num_steps)

@@ -43,9 +43,9 @@ class Predictor:
         return with_prompt, without
 
     def _run(self, x_BTCHW: Tensor, text: Tensor, timestep: int) -> Tensor:
-        timesteps_B = torch.full((len(x_BTCHW),), timestep, device=x_BTCHW.device)
-        ofs = None if self.ofs is None else torch.full_like(timesteps_B, self.ofs, dtype=torch.float32)
-        return self.model(x_BTCHW, text, timesteps_B, ofs)
+        one = torch.full((1,), timestep, device=x_BTCHW.device)
+        ofs = None if self.ofs is None else torch.full_like(one, self.ofs, dtype=torch.float32)
+        return self.model(x_BTCHW, text, one.expand(len(x_BTCHW)), ofs)
 
 
 @dataclass(frozen=True, kw_only=True)

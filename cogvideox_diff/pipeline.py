@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from cogvideox_diff import lora
+from cogvideox_diff.acceleration import Acceleration
 from cogvideox_diff.approximate import EXACT, Approximation
 from cogvideox_diff.config import CogVideoXConfig, DynamicMode, SchedulerName
 from cogvideox_diff.diagnostics import diagnose
@@ -216,6 +217,12 @@ class CogVideoXPipeline:
         report = lora.load_lora(self.parts.transformer, path, name=name)
         lora.set_scale(self.parts.transformer, scale, name)
         return report
+
+    def accelerate(self, chosen: Acceleration) -> None:
+        """Run the transformer so from now on, adapters included, which cannot change afterwards. SettingError
+        where it does not go with the device or the pipeline's offload."""
+        chosen.check(self.engine.device, offload=self.engine.placement.mode)
+        self.engine.step = chosen.apply(self.parts.transformer)
 
     @property
     def codec(self) -> VAECodec:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from cogvideox_diff import fast_block
 from cogvideox_diff.config import TransformerConfig
-from cogvideox_diff.cpu_linear import apply_linear
 from cogvideox_diff.positions import rope_angles, rope_coordinates, rotate, sincos_table, timestep_embedding
 from shared.attention import attend
+from shared.cpu_linear import apply_linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, N, S, D] -> [B, N, S, D]
 Rope = tuple[Tensor, Tensor]
@@ -169,7 +169,7 @@ class ExpertBlock(nn.Module):
         rope: Rope | None,
         packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if packing is None and fast_block.applies(video_BVD):
+        if packing is None and not torch.compiler.is_compiling() and fast_block.applies(video_BVD):
             return fast_block.run_block(self, text_BLD, video_BVD, emb_BE, rope)
         joint_BSD, text_gate, video_gate = self.norm1(text_BLD, video_BVD, emb_BE, packing)
         text, video = _cut(self.attn(joint_BSD, rope, packing), text_BLD)
@@ -261,7 +261,11 @@ class ExpertTransformer(nn.Module):
         return t // config.patch_size[0], h // config.patch_size[1], w // config.patch_size[2]
 
     def embed_time(self, timesteps_B: Tensor, ofs: Tensor | None) -> Tensor:
-        """Embedding [B, E] of the timesteps, plus that of the offset where the model has one."""
+        """Embedding [B, E] of the timesteps, plus that of the offset where the model has one. Of one timestep
+        expanded to all rows it is one embedding, expanded likewise, and blocks take their modulation once."""
+        batch = len(timesteps_B)
+        if batch > 1 and timesteps_B.stride(0) == 0 and (ofs is None or len(ofs) == 1):
+            return self.embed_time(timesteps_B[:1], ofs).expand(batch, -1)
         config, dtype = self.config, self.text_proj.weight.dtype
         emb_BE = self.time_embed(timestep_embedding(timesteps_B, config.hidden_dim).to(dtype))
         if not config.ofs_embed_dim:

@@ -31,13 +31,13 @@ from cogvideo_ar.options import Options, resolve
 from cogvideo_ar.pipeline import CogVideoPipeline
 from cogvideox_diff.config import PRESETS, CogVideoXConfig, TransformerConfig, cogvideox_demo
 from cogvideox_diff.costs import decode_parts, stage_costs, transformer_parts
-from cogvideox_diff.cpu_linear import quick_linear
 from cogvideox_diff.memory import native_plan
 from cogvideox_diff.parallel import InferenceGroups, ParallelTransformer
 from cogvideox_diff.planning import Plan
 from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.costs import CPU_GBYTES, DEVICES, Device, Part, StageCost, cpu_device
+from shared.cpu_linear import quick_linear
 from shared.distributed import Launch, started
 from shared.files import atomic_path, write_json
 from shared.protocol import GenerationRequest

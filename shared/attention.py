@@ -9,22 +9,33 @@ from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Backend = Literal["sdpa", "math", "xformers"]
+Backend = Literal["sdpa", "math", "xformers", "flash", "efficient", "cudnn"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 
 
 def attend(
     q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, *, bias: Tensor | None = None, backend: Backend = "sdpa"
 ) -> Tensor:
     """Softmax attention [B, N, L, D] with scale 1/sqrt(D); `bias` (broadcasts to [B, N, L, S]) is added to
-    the scores, -inf excludes a key. "math" is the reference for the others; "xformers" needs CUDA."""
+    the scores, -inf excludes a key. "math" is the reference for the others; "sdpa" lets torch choose of
+    its own kernels, which "flash", "efficient" and "cudnn" name (RuntimeError where one does not run: most
+    need CUDA, "flash" takes no bias); "xformers" needs CUDA."""
     match backend:
         case "sdpa":
             return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=bias)
         case "math":
             scores_BNLS = q_BNLD @ k_BNSD.mT * q_BNLD.shape[-1] ** -0.5
             return (scores_BNLS if bias is None else scores_BNLS + bias).softmax(-1) @ v_BNSD
+        case "flash" | "efficient" | "cudnn":
+            with sdpa_kernel(KERNELS[backend]):
+                return F.scaled_dot_product_attention(q_BNLD, k_BNSD, v_BNSD, attn_mask=bias)
         case "xformers":
             return _attend_xformers(q_BNLD, k_BNSD, v_BNSD, bias)
         case _:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 
 def has_quick_linear(x: Tensor) -> bool:
-    """Whether oneDNN may take products of `x`: float32 on the CPU, no gradients, no autocast."""
+    """Whether oneDNN may take products of `x`: float32 on the CPU, no gradients, no autocast, and not within
+    torch.compile, which does not know them by this name."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
         return False
     return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
 

@@ -69,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="an adapter, of diffusers, PEFT or SAT; several add up")  # fmt: skip
     parser.add_argument("--lora_scale", type=float, action="append", default=[], metavar="SCALE",
                         help="its strength, 1 as trained; one for all, or one for each")  # fmt: skip
+    parser.add_argument("--compile", nargs="?", choices=("none", "blocks", "graph"), const="blocks",
+                        default="none", help="torch.compile, slow at first; or a CUDA graph")  # fmt: skip
+    parser.add_argument("--attention", default="sdpa", metavar="KERNEL",
+                        help="sdpa, math, flash, efficient, cudnn or xformers (default: sdpa)")  # fmt: skip
     parser.add_argument("--cfg_parallel", action="store_true",
                         help="under torchrun: each half of guidance has its own processes")  # fmt: skip
     parser.add_argument("--ulysses_degree", type=int, default=1, metavar="N",
@@ -183,6 +187,7 @@ def _run_shared(options: argparse.Namespace, sharing: Sharing) -> None:
 
 def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Team | None = None) -> Order:
     """What is to be made, all checked; its `load` reads the weights."""
+    from cogvideox_diff.acceleration import Acceleration
     from cogvideox_diff.commands.lora import choose
     from cogvideox_diff.extension import plan_chain
     from cogvideox_diff.formats import check_weights, open_folder
@@ -234,6 +239,9 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
     }
+    acceleration = Acceleration(compile=options.compile, attention=options.attention)
+    acceleration.check(device, offload=savers.offload, processes=sharing.degree if sharing else 1)
+    settings |= acceleration.settings()
     if savers.quantize != "none":
         settings["approximate"] = settings.get("approximate", {}) | {"quantize": savers.quantize}
     if adapters:
@@ -260,6 +268,8 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
         if team is not None and team.groups is not None:
             share(pipeline, team.groups)
         _load_adapters(pipeline, adapters, quiet=options.quiet or options.json)
+        if acceleration.settings():
+            pipeline.accelerate(acceleration)
         return Configured(
             pipeline,
             call,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideox_diff.cpu_linear import has_quick_linear, quick_linear
+from shared.cpu_linear import has_quick_linear, quick_linear
 
 
 class ClipContext:

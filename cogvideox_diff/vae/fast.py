@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideox_diff.cpu_linear import has_quick_linear
 from cogvideox_diff.vae import winograd
 from cogvideox_diff.vae.causal_conv import (
     CausalConv3d,
@@ -28,6 +27,7 @@ from cogvideox_diff.vae.causal_conv import (
     convolve_extended,
     pointwise,
 )
+from shared.cpu_linear import has_quick_linear
 
 if TYPE_CHECKING:
     from cogvideox_diff.vae.blocks import ResBlock

@@ -17,7 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from cogvideox_diff.cpu_linear import quick_linear
+from shared.cpu_linear import quick_linear
 
 TILE = 4  # places of the result along each side
 HALO = 2  # more of the input

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from cogvideox_diff import fast_block
 from cogvideox_diff.config import PRESETS, TransformerConfig, VAEConfig
-from cogvideox_diff.cpu_linear import apply_linear, quick_linear
 from cogvideox_diff.memory import native_plan, stage_needs
 from cogvideox_diff.transformer import Attention, ExpertTransformer
 from cogvideox_diff.vae import blocks, fast, winograd
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from cogvideox_diff.vae.causal_conv import ClipContext, conv_by_taps
+from shared.cpu_linear import apply_linear, quick_linear
 from shared.memory import peak_bytes
 
 NET = TransformerConfig(
