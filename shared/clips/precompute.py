@@ -268,13 +268,21 @@ def _mapped(values: Sequence[T], work: Callable[[T], Any], num_workers: int) -> 
 def _watched(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except Exception as error:
+        if not (reason := _dead_worker(error)):
             raise
         raise UserError(
-            f"{str(error).splitlines()[0]} while reading files (too little memory?); finished shards stay; "
-            "run it again, or with fewer --num_workers"
+            f"{reason} while reading files (too little memory?); finished shards stay; run it again, or with "
+            "fewer --num_workers"
         ) from error
+
+
+def _dead_worker(error: BaseException | None) -> str:
+    """What the loader says of a worker that was killed, or "". It says so wherever it is interrupted, at times
+    while threads start, who then raise something else."""
+    while error is not None and "DataLoader worker" not in str(error):
+        error = error.__context__
+    return str(error).splitlines()[0] if error else ""
 
 
 def _same(value: T) -> T:
