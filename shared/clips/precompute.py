@@ -278,8 +278,8 @@ def _watched(loader: DataLoader) -> Iterator[Any]:
 
 
 def _dead_worker(error: BaseException | None) -> str:
-    """What the loader says of a worker that was killed, or "". It says so wherever it is interrupted, at times
-    while threads start, who then raise something else."""
+    """What the loader says of a worker that was killed, or "". It says so wherever it interrupts, at times
+    while a thread starts, and then something else is raised."""
     while error is not None and "DataLoader worker" not in str(error):
         error = error.__context__
     return str(error).splitlines()[0] if error else ""
