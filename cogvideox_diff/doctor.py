@@ -319,9 +319,11 @@ def _examine_delta(path: Path) -> Diagnosis:
 
 def _examine_part(path: Path, tensors: Mapping[str, Tensor], part: Part, layout: str) -> Diagnosis:
     model, reason = _nearest(part, layout, tensors)
+    home = _home(path)
+    if reason and home is not None and _fits_home(part, layout, tensors, home):
+        model, reason = "of its own sizes", ""
     findings = [bad(f"{part} fits no released model; nearest is {model}: {reason}")] if reason else []
     findings += _type_risks(part, tensors, model)
-    home = _home(path)
     return Diagnosis(
         path=str(path),
         family=FAMILY,
@@ -332,9 +334,19 @@ def _examine_part(path: Path, tensors: Mapping[str, Tensor], part: Part, layout:
     )
 
 
+def _fits_home(part: Part, layout: str, tensors: Mapping[str, Tensor], home: Path) -> bool:
+    """Whether a part has the sizes that the model folder around it asks for."""
+    with suppress(WeightsError, OSError, RecursionError):
+        config = open_folder(home).config
+        ours = _ours(part, layout, tensors, config)
+        check_part(part, {n: x for n, x in ours.items() if n != EMBED}, config)
+        return True
+    return False
+
+
 def _home(path: Path) -> Path | None:
     """The model folder that a part lies in."""
-    for around in list(path.absolute().parents)[:2]:
+    for around in list(path.absolute().parents)[:3]:
         if _is_model(around):
             return around
     return None

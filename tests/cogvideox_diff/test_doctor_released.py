@@ -20,6 +20,7 @@ from cogvideox_diff.config import PRESETS
 from cogvideox_diff.delta import DELTA
 from cogvideox_diff.formats import DEMOS
 from cogvideox_diff.model_files import Part, empty_net, write_model
+from tests.cogvideox_diff.tiny_pipeline import make, write_tokenizer
 from tests.shared.sparse_files import check_command, write_safetensors, write_sat, write_torch
 
 
@@ -173,6 +174,20 @@ def test_an_absent_part_and_an_open_download(released: Any, capsys: Any):
     assert "no weight file" in reasons(found) and "--include 'text_encoder/*'" in found["next"]
     (folder / "x.safetensors.incomplete").write_bytes(b"1")
     assert "did not end" in reasons(said(capsys, 3, folder))
+
+
+@pytest.mark.parametrize("layout", ["ours", "diffusers", "sat"])
+def test_a_model_of_its_own_sizes(tmp_path: Path, layout: Any, capsys: Any):
+    """Whole, and each of its parts alone: no released model has these sizes, but its folder."""
+    folder = tmp_path / "model"
+    make("2b", write_tokenizer(tmp_path)).save_pretrained(folder, format=layout)
+    assert said(capsys, 0, folder)["model"] == "of its own sizes"
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".pt")]
+    assert len(files) == 3
+    for file in files:
+        found = said(capsys, 0, file)
+        assert found["model"].startswith("of its own sizes, ")
+        assert found["next"] == f"cogvideox doctor {folder}"
 
 
 # ---- sums
