@@ -1,10 +1,11 @@
-"""What every test starts from: one torch thread and fixed seeds.
+"""What every test starts from: one torch thread, fixed seeds, and no way to another machine.
 
-Sockets stay as they are: some tests start processes.
+Neither tests nor processes that they start can open a socket to anywhere but this machine.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -14,11 +15,15 @@ import pytest
 import torch
 
 from tests import figures
+from tests.offline import sitecustomize
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
+    offline = str(Path(sitecustomize.__file__).parent)  # imported above, and by every Python that starts
+    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([offline, *path]))
     torch.set_num_threads(1)  # two test processes share two cores, and sums keep their order
 
 

@@ -1,0 +1,85 @@
+"""Hundreds of prompts in one process: nothing is lost and memory stays where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.reliability.families import Family
+
+WARM_UP = 0.2  # share of the videos during which caches and the allocator may still grow
+COUNT = 500
+MOST_BYTES_PER_VIDEO = 4096  # of growth: what 10,000 videos would add is 40 MB
+MIB = 2**20
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def made_by(family: Family, folder: Path, count: int) -> tuple[int, list[int]]:
+    """In a process of its own: the exit code, and the resident memory when each video was finished."""
+    prompts, sizes = folder / "prompts.txt", folder / "sizes.json"
+    said = ("red", "blue", "green", "a circle", "a square", "moving left", "standing still")
+    lines = [f"{said[i % 7]} {said[i // 7 % 7]} {said[i // 49 % 7]} {i}" for i in range(count)]
+    prompts.write_text("".join(f"{line}\n" for line in lines))
+    child = os.fork()
+    if child == 0:
+        found: list[int] = []
+
+        def hook(event: str, given: tuple[Any, ...]) -> None:
+            name = os.path.basename(str(given[1])) if event == "os.rename" else "."
+            if name.endswith(".mp4") and not name.startswith("."):
+                found.append(resident())
+
+        code = 99
+        try:
+            sys.addaudithook(hook)
+            short = ("--num_frames", 1, "--set", "num_inference_steps=1")
+            words = ("--num_frames", 5) if family.package == "cogvideo_ar" else short
+            code = family.main(
+                "generate", "--prompt_file", prompts, "--output_path", folder / "out",
+                "--model_path", family.model,
+                "--device", "cpu", "--quiet", *words,
+            )  # fmt: skip
+            sizes.write_text(json.dumps(found))
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, json.loads(sizes.read_text())
+
+
+def check(family: Family, folder: Path, count: int) -> tuple[float, float]:
+    """Growth in bytes per video and its standard error, after the warm-up."""
+    code, sizes = made_by(family, folder, count)
+    assert code in (0, 5), "5: random weights may draw a video of one colour"
+    assert len(sizes) == count
+    index = json.loads((folder / "out" / "run.json").read_text())["items"]
+    assert [item["status"] for item in index] == ["made"] * count
+    assert len({item["prompt"] for item in index}) == count
+    for suffix in ("mp4", "json"):
+        assert len(list((folder / "out").glob(f"[0-9]*.{suffix}"))) == count
+    kept = np.array(sizes[int(count * WARM_UP) :], float)
+    places = np.arange(len(kept)) - (len(kept) - 1) / 2
+    slope = float((places * kept).sum() / (places**2).sum())
+    left = kept - kept.mean() - slope * places
+    error = float(np.sqrt((left**2).sum() / max(len(kept) - 2, 1) / (places**2).sum()))
+    print(f"{family.package}: {slope:.0f} +- {error:.0f} bytes per video; {sizes[0] / MIB:.1f} MiB after the "
+          f"first, {kept[0] / MIB:.1f} after the warm-up, {sizes[-1] / MIB:.1f} after {count}")  # fmt: skip
+    return slope, error
+
+
+@pytest.mark.slow
+def test_five_hundred_prompts_leave_memory_flat(family: Family, tmp_path: Path) -> None:
+    slope, error = check(family, tmp_path, COUNT)
+    assert slope < max(MOST_BYTES_PER_VIDEO, 3 * error)
+
+
+def test_a_few_prompts_are_all_there(family: Family, tmp_path: Path) -> None:
+    check(family, tmp_path, 12)
