@@ -12,7 +12,14 @@ from torch import Tensor
 from cogvideox_diff import conditioning
 from cogvideox_diff.config import VAEConfig
 from cogvideox_diff.formats import ModelFolder
-from cogvideox_diff.geometry import FitFrames, fit_frames, latent_frames, nearest_multiple
+from cogvideox_diff.geometry import (
+    MOST_FRAMES,
+    MOST_SIDE,
+    FitFrames,
+    fit_frames,
+    latent_frames,
+    nearest_multiple,
+)
 from cogvideox_diff.model_files import empty_net, read_part
 from cogvideox_diff.vae.autoencoder import CausalVAE, scale_latents
 from shared.checkpoints import load_into
@@ -50,6 +57,10 @@ def clip_size(
 ) -> ClipSize:
     """The size to encode `video` in, by default its own. SettingError names the nearest legal one."""
     count = video.num_frames if num_frames is None else num_frames
+    if count > MOST_FRAMES or max(height or 0, width or 0) > MOST_SIDE:
+        raise SettingError(
+            f"at most {MOST_FRAMES} frames and {MOST_SIDE} pixels of height and width are legal"
+        )
     if fit is not None:
         count = min(count, video.num_frames) if fit == "trim" else count
         count = fit_frames(count, config.time_factor, count + config.time_factor, fit)

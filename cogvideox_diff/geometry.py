@@ -9,6 +9,9 @@ from typing import Literal, get_args
 from cogvideox_diff.config import CogVideoXConfig, FramePadding
 from shared.errors import SettingError
 
+MOST_SIDE = 65536  # pixels; far beyond, tensors cannot be counted any more
+MOST_FRAMES = 2**20
+
 FitFrames = Literal["nearest", "pad", "trim"]
 
 
@@ -91,6 +94,10 @@ class VideoGeometry:
             legal = "x".join(map(str, self.only_size))
             raise SettingError(
                 f"this model makes {legal} (height x width) only, got {self.height}x{self.width}"
+            )
+        if max(self.height, self.width) > MOST_SIDE:
+            raise SettingError(
+                f"height and width must be at most {MOST_SIDE}, got {self.height}x{self.width}"
             )
         limits = self.max_size or (None, None)
         for name, size, unit, most in zip(("height", "width"), self.size, self.units, limits, strict=True):

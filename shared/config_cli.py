@@ -153,6 +153,9 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         given = list(sys.argv[1:] if args is None else args)
+        if empty := [word for word in given if word.startswith("--") and word.endswith("=--")]:
+            self._as_json = "--json" in given
+            self.error(f"{empty[0].removesuffix('=--')} needs a value")  # argparse would take it as a list
         self._as_json = "--json" in given
         return super().parse_known_args(self._canonical(given), namespace)
 

@@ -77,6 +77,8 @@ def write_json(path: str | Path, content: Mapping[str, Any], *, overwrite: bool 
 
 
 def _refuse(path: Path, overwrite: bool) -> None:
+    if path.name in ("", "..") or (path.exists() and not (path.is_file() or path.is_dir())):
+        raise OutputPathError(f"{path} is no place for a file: name one in a folder")
     if path.exists() and not overwrite:
         raise OutputPathError(
             f"{path} already exists; choose another name or allow overwriting (--overwrite)"
@@ -87,6 +89,8 @@ def _replace(temporary: Path, path: Path) -> None:
     if not path.is_dir():
         os.replace(temporary, path)
         return
+    if not temporary.is_dir():  # a file in its place would take along all that is in the folder
+        raise OutputPathError(f"{path} is a folder; name a file")
     if _exchanged(temporary, path):
         return
     old = path.with_name(f".{path.stem}.old.{_machine()}.{os.getpid()}.tmp{path.suffix}")

@@ -11,13 +11,14 @@ from shared.video import Video
 FrameChoice = Literal["seconds", "spread"]
 MAX_FRAMES = 24  # of an end-to-end captioner; cogvlm2-llama3-caption was trained with as many
 SPREAD_SECONDS = 60.0
+LEAST_SECONDS = 0.001
 
 
 def frames_every(num_frames: int, fps: float, seconds: float = 2.0) -> list[tuple[float, int]]:
     """(time, frame) at 0, `seconds`, 2 `seconds`, ...: the frames shown then. Source: CogVideoX section 3.3,
     one dense caption every two seconds."""
-    if not seconds > 0:
-        raise SettingError(f"every must be more than 0 seconds, got {seconds:g}")
+    if not seconds >= LEAST_SECONDS:
+        raise SettingError(f"every must be at least {LEAST_SECONDS} seconds, got {seconds:g}")
     count = math.ceil(num_frames / fps / seconds - 1e-9)
     # The small addition keeps a frame that begins exactly then, in spite of rounding.
     return [(i * seconds, min(math.floor(i * seconds * fps + 1e-6), num_frames - 1)) for i in range(count)]

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from shared.captioning.cache import CaptionCache
 from shared.captioning.errors import CaptionError, RefusedError, StoppedError
-from shared.captioning.frames import frames_every
+from shared.captioning.frames import LEAST_SECONDS, frames_every
 from shared.captioning.instructions import END_TO_END
 from shared.captioning.protocols import (
     DenseCaptioner,
@@ -47,8 +47,10 @@ class ClipSettings:
 
     def __post_init__(self) -> None:
         for name in ("every", "max_seconds"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"{name} must be more than 0, got {getattr(self, name):g}")
+            if not getattr(self, name) >= LEAST_SECONDS:
+                raise SettingError(
+                    f"{name} must be at least {LEAST_SECONDS} seconds, got {getattr(self, name):g}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -216,7 +216,8 @@ def _wrong_json(done: Done) -> str:
         said = json.loads(done.out.strip().splitlines()[-1])
     except (ValueError, IndexError):
         return "--json, and the last line is not JSON"
-    return "" if isinstance(said, dict) and said.get("ok") is False else "--json does not say that it failed"
+    told = isinstance(said, dict) and (said.get("ok") is False or said.get("exit_code") == done.code)
+    return "" if told else "--json does not say that it failed"
 
 
 @contextmanager

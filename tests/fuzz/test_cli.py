@@ -20,7 +20,7 @@ def test_every_verb_has_a_plain_call(world: World) -> None:
 
 
 @pytest.mark.parametrize(("name", "verb"), VERBS)
-@effort(12)
+@effort(8)
 @given(seed=strategies.integers(0, 2**64 - 1))
 def test_bad_arguments(name: str, verb: str, seed: int, world: World, tally: Tally) -> None:
     rng, program = random.Random(f"{name} {verb} {seed}"), programs()[name]
@@ -29,6 +29,8 @@ def test_bad_arguments(name: str, verb: str, seed: int, world: World, tally: Tal
     words = spoilt(words, flags_of(program, verb, words), rng, paths)
     before = world.mark()
     code = tally.command(f"{name} {verb}", program, [verb, *words], world.scratch)
-    changed = world.settle(before)
+    changed, gone = world.settle(before)
+    if gone and not {"--overwrite", "--save_every"} & {*words}:
+        tally.fault(f"{name} {verb}", "removed a file that was there", f"{words} {gone}")
     if changed and code in UNTOUCHED:
         tally.fault(f"{name} {verb}", "refused, but changed a file that was there", f"{words} {changed}")

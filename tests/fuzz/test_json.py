@@ -88,7 +88,7 @@ def test_other_values(case: Case, world: World, tally: Tally) -> None:
         file.write_bytes(damaged_json(text, rng))
         before = world.mark()
         code = tally.command(target, program, argv, world.scratch, given=file)
-        changed = world.settle(before)
+        changed, _ = world.settle(before)
         if changed and code in UNTOUCHED:
             tally.fault(target, "refused, but changed a file that was there", f"{argv} {changed}")
         file.write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from shared.clips.measures import FORMAT, measure, read_scores
 from shared.clips.precompute import read_index
 from shared.config_cli import report
 from shared.config_io import check_type, from_plain, load_config, to_plain
-from shared.errors import SettingError, UserError, WeightsError
+from shared.errors import OutputPathError, SettingError, UserError, WeightsError
 from shared.files import write_json
 from shared.json_files import encodable, parse_json, read_object, shaped
 from shared.model_folder import without_memory
@@ -336,6 +337,24 @@ def test_a_long_word_is_parsed_in_no_time() -> None:
     assert shapes.parse("if" * 100_000 + " gray background") == {"background": "gray"}
 
 
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "mine", tmp_path / "mine/..", Path("."), tmp_path / "pipe", Path("/")):
+        with pytest.raises(OutputPathError):
+            write_json(path, {"a": 1})
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "pipe", "thesis.txt"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("flag", ["--num_pairs=--", "--pairs=--", "--seed=--"])
+def test_flags_with_nothing(flag: str, world: World, tmp_path: Path) -> None:
+    argv = ["study", "make", world / "run", "--output_path", "s", flag]
+    code, said = end_of(programs()["cogvideo-bench"], argv, tmp_path)
+    assert code == 2 and "needs a value" in said
+
+
 def end_of(program: Program, argv: Sequence[object], folder: Path) -> tuple[int | None, str]:
     done = called(program, [str(word) for word in argv], folder)
     assert done.error is None
@@ -353,13 +372,24 @@ HUGE = {
     ("cogvideo-ar", "clusters"): ["--model_path", "$/ar", "--output_path", "c.npy", "--seed", "1" + "0" * 40],
     ("cogvideox", "plan"): ["--model_path", "$/diff", "--memory", "inf"],
     ("cogvideo-data", "caption"): ["--input_path", "$/clips", "--output_path", "o", "--adapter", "shapes",
-                                   "--max_seconds", "1e400"],
+                                   "--every", "1e-320"],
     ("cogvideo-ar", "precompute"): ["--model_path", "$/ar", "--input_path", "$/clips", "--output_path", "o",
                                     "--rates", "8", "nan"],
     ("cogvideo-bench", "study"): ["make", "$/run", "--output_path", "s", "--seed", "-1"],
     ("cogvideox", "finetune"): ["--model_path", "$/diff", "--data", "$/clips", "--output_path", "o",
                                 "--seed", str(2**40)],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--height", "--width", "--num_frames"])
+def test_sizes_that_no_tensor_has(flag: str, world: World, tmp_path: Path) -> None:
+    model, size = ["--model_path", world / "diff"], [flag, 2**40]
+    for argv in (
+        ["encode", *model, "--input_path", world / "film.mkv", "--output_path", "l.safetensors", *size],
+        ["generate", *model, "--prompt", "a", "--output_path", "o.mp4", *size],
+    ):
+        code, said = end_of(programs()["cogvideox"], argv, tmp_path)
+        assert code == 2 and said.startswith("error: ")
 
 
 @pytest.mark.parametrize("call", HUGE, ids=" ".join)

@@ -66,13 +66,15 @@ class World:
         found = (path for path in sorted(self.path.rglob("*")) if not path.is_dir())
         return {path: ((s := path.lstat()).st_size, s.st_mtime_ns) for path in found}
 
-    def settle(self, before: dict[Path, tuple[int, int]]) -> list[Path]:
-        """Bring back what changed since; returns it, but for what programs keep to themselves."""
+    def settle(self, before: dict[Path, tuple[int, int]]) -> tuple[list[Path], list[Path]]:
+        """Bring back what changed since; returns it, and of it what is gone, but for what programs keep to
+        themselves."""
         after = self.mark()
         changed = [path for path in before | after if before.get(path) != after.get(path)]
         if changed:
             self.restore()
-        return [path for path in changed if "cache" not in path.parts and path.name != "scores.jsonl"]
+        told = [path for path in changed if "cache" not in path.parts and path.name != "scores.jsonl"]
+        return told, [path for path in told if path not in after]
 
     def restore(self) -> None:
         shutil.rmtree(self.path)

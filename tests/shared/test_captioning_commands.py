@@ -136,7 +136,7 @@ def test_errors_are_one_line(films: Path, tmp_path: Path, capsys) -> None:
         ((films, tmp_path / "o", "--adapter", "transformers:/no"), 3, "no config.json"),
         ((films, films, "--adapter", "shapes", "--overwrite"), 2, "holds the clips' own list"),
         ((films, films / "other", "--adapter", "shapes"), 2, "is another list"),
-        ((films, tmp_path / "o", "--adapter", "shapes", "--every", 0), 2, "every must be more than 0"),
+        ((films, tmp_path / "o", "--adapter", "shapes", "--every", 0), 2, "every must be at least 0.001"),
         ((films, tmp_path / "o", "--adapter", "shapes", "--num_workers", 0), 2, "at least 1, got 0"),
         ((films, tmp_path / "o", "--adapter", "shapes", "--end_to_end", "--short", "given"), 2, "no stages"),
         ((films / "captioned", tmp_path / "o", "--adapter", "shapes"), 2, "neither a list of clips"),
