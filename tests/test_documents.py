@@ -62,7 +62,9 @@ ELSEWHERE = {
     "cogvideo-data caption --input_path clips --output_path captioned --adapter transformers": (
         "tests/shared/test_captioning_transformers.py"
     ),
-    "cogvideo-ar generate --prompt 'a red circle moving left' --quantize": "tests/cogvideo_ar/test_quantize.py",
+    "cogvideo-ar generate --prompt 'a red circle moving left' --quantize": (
+        "tests/cogvideo_ar/test_quantize.py"
+    ),
     "cogvideo-bench report out/heldout --feature_files": "tests/benchmarks/test_metrics_nets.py",
 }
 # What the commands of a program and verb get in addition, so that they end soon.

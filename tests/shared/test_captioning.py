@@ -97,7 +97,7 @@ def test_a_frame_every_two_seconds() -> None:
     assert frames_every(1, 30.0) == [(0.0, 0)]
     assert frames_every(180, 29.97) == [(0.0, 0), (2.0, 59), (4.0, 119), (6.0, 179)]
     assert frames_every(9, 8.0, 0.5) == [(0.0, 0), (0.5, 4), (1.0, 8)]
-    with pytest.raises(SettingError, match="every must be at least 0.001 seconds, got 0"):
+    with pytest.raises(SettingError, match=r"every must be at least 0\.001 seconds, got 0"):
         frames_every(9, 8.0, 0)
 
 
