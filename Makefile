@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 TORCH ?= torch==2.13.0
-SUITE ?= demo
+SUITE ?=
 OUT ?= out
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
@@ -49,9 +49,14 @@ format: $(VENV)/.dev ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.core ## one benchmark suite: make bench SUITE=NAME (`cogvideo-bench list` names them)
+ifdef SUITE
+bench: $(VENV)/.core ## speed and memory beside the peers, or with SUITE=NAME a suite (`cogvideo-bench list` names them)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/cogvideo-bench run $(SUITE) --output_path $(OUT)/$(SUITE)
 	@echo "report: $(abspath $(OUT)/$(SUITE)/report.html)"
+else
+bench: $(VENV)/.dev
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/cogvideo-bench peers
+endif
 
 clean: ## remove caches and build leftovers; keeps .venv, runs and outputs
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

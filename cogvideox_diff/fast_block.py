@@ -93,8 +93,7 @@ def attention(layer: Attention, x_SD: Tensor, rope: Rope | None, text_len: int) 
         for x_SND in (q_SND, k_SND):
             rotate_(x_SND[text_len:], (rope[0][text_len:], rope[1][text_len:]))
     q, k, v = (x.transpose(0, 1)[None] for x in (q_SND, k_SND, v_SND))
-    in_blocks = layer.attend is attend and x_SD.device.type == "cpu" and len(x_SD) >= FEWEST_TOKENS
-    out_BNSD = attend_in_blocks(q, k, v) if in_blocks else layer.attend(q, k, v)
+    out_BNSD = (quick_attend if layer.attend is attend else layer.attend)(q, k, v)
     return apply_linear(layer.out, out_BNSD[0].transpose(0, 1).flatten(1))
 
 
@@ -105,6 +104,14 @@ def rotate_(x_VND: Tensor, rope: Rope) -> None:
     turned = torch.view_as_real(torch.view_as_complex(pairs).mul_(turn_V1D))
     if x_VND.dtype != torch.float32:
         x_VND.copy_(turned.flatten(-2))
+
+
+def quick_attend(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
+    """`attend`, for one sample of many tokens on the CPU without gradients in blocks of rows."""
+    rows, long = len(q_BNSD), q_BNSD.shape[2] >= FEWEST_TOKENS
+    if rows > 1 or not long or q_BNSD.device.type != "cpu" or not applies(q_BNSD):
+        return attend(q_BNSD, k_BNSD, v_BNSD)
+    return attend_in_blocks(q_BNSD, k_BNSD, v_BNSD)
 
 
 def attend_in_blocks(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from cogvideox_diff.config import TransformerConfig, VAEConfig
+from cogvideox_diff.fast_block import quick_attend
 from cogvideox_diff.transformer import Attend, ExpertTransformer, Rope, unpatchify
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from cogvideox_diff.vae.causal_conv import ClipContext, Stage, chunk_bounds, run_causal
-from shared.attention import attend
 from shared.distributed import (
     ParallelContext,
     all_to_all,
@@ -75,7 +75,7 @@ class UlyssesAttention:
     back. Neither tokens nor heads must divide: 30 heads on 4 ranks are 8, 8, 7 and 7.
     """
 
-    def __init__(self, context: ParallelContext, kernel: Attend = attend) -> None:
+    def __init__(self, context: ParallelContext, kernel: Attend = quick_attend) -> None:
         self.context, self.kernel = context, kernel
         self.video_sizes: Sequence[int] = ()  # video tokens of each rank; whoever cuts the tokens sets it
 
@@ -109,7 +109,7 @@ class ParallelTransformer(ExpertTransformer):
         *,
         guidance: ParallelContext,
         sequence: ParallelContext,
-        kernel: Attend = attend,
+        kernel: Attend = quick_attend,
     ) -> None:
         check_degree("sequence", sequence.degree, range(1, config.num_heads + 1))
         ulysses = UlyssesAttention(sequence, kernel)
@@ -118,7 +118,7 @@ class ParallelTransformer(ExpertTransformer):
 
     @classmethod
     def of(
-        cls, model: ExpertTransformer, groups: InferenceGroups, kernel: Attend = attend
+        cls, model: ExpertTransformer, groups: InferenceGroups, kernel: Attend = quick_attend
     ) -> ParallelTransformer:
         """The same model on several ranks; it shares the weights of `model`."""
         with torch.device("meta"):

@@ -1,7 +1,7 @@
 """Rows of the diffusion family beside diffusers: a guided step, the VAE both ways, a whole video.
 
-The middle sizes are those at which a CPU ends in minutes; the full ones need a GPU. Weights are random and
-the same on both sides, carried over by our checkpoint tables run backwards.
+The sizes are those at which a CPU ends in minutes (`gpu.py` has the full ones). Weights are random and the
+same on both sides, carried over by our checkpoint tables run backwards.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import registry
-from benchmarks.peers.harness import Case, Pair, relative_difference
+from benchmarks.peers.harness import Case, Pair, Run, relative_difference
 from shared.checkpoints import invert
 
 PROMPT = "a red circle moves left"
+TIMESTEP = 500
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,26 +44,6 @@ def cases() -> list[Case]:
         ]
     rows.append(
         Case(name="diffusion/demo-video", words="prompt to frames with the demo weights", build=demo_pair)
-    )
-    full = "one guided step of 49 x 480 x 720, bfloat16"
-    for preset in ("cogvideox-2b", "cogvideox-5b"):
-        for compiled in (False, True):
-            rows.append(
-                Case(
-                    name=f"diffusion/full-step-{preset}{'-compiled' if compiled else ''}",
-                    words=full,
-                    build=partial(full_step_pair, preset, compiled),
-                    device="cuda",
-                )
-            )
-    decode = partial(decode_pair, torch.bfloat16, latents=(13, 60, 90), device="cuda")
-    rows.append(
-        Case(
-            name="diffusion/full-decode",
-            words="49 x 480 x 720 decoded, bfloat16, no tiles",
-            build=decode,
-            device="cuda",
-        )
     )
     return rows
 
@@ -100,44 +81,77 @@ def randn(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
 # ---- a step
 
 
-def step_pair(dtype: torch.dtype) -> Pair:
+Latents = tuple[int, int, int]  # frames, rows, columns
+
+
+def step_config(*, tiny: bool = False) -> tuple[Any, Latents]:
+    """(model, latents) of the middle size; `tiny`: of one that takes no time, for tests."""
     config = ours_of("config").cogvideox_5b()
-    net = replace(
-        config.transformer, num_layers=4, num_heads=16, sample_size=(5, 30, 44), text_dim=512, text_len=226
-    )
-    config = replace(config, transformer=net, text=replace(config.text, d_model=512))
-    return _step(config, (5, 30, 44), dtype, "cpu")
+    size: Latents = (2, 6, 8) if tiny else (5, 30, 44)
+    net = replace(config.transformer, num_layers=4, num_heads=16, sample_size=size, text_dim=512)
+    if tiny:
+        net = replace(net, num_layers=1, num_heads=2, head_dim=16, time_embed_dim=16, text_dim=8, text_len=5)
+    text = replace(config.text, d_model=net.text_dim, text_len=net.text_len)
+    return replace(config, transformer=net, text=text), size
 
 
-def full_step_pair(preset: str, compiled: bool) -> Pair:
-    """Both compiled, or both not."""
-    config = ours_of("config").PRESETS[preset]()
-    return _step(config, (13, 60, 90), torch.bfloat16, "cuda", compiled=compiled)
+def step_pair(dtype: torch.dtype, *, tiny: bool = False) -> Pair:
+    return step_beside_peer(*step_config(tiny=tiny), dtype, "cpu")
 
 
-def _step(
-    config: Any, latents: tuple[int, int, int], dtype: torch.dtype, device: str, *, compiled: bool = False
-) -> Pair:
+def guided_step(
+    config: Any,
+    latents: Latents,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    share: Callable[[Any], Any] = lambda net: net,
+) -> tuple[Any, Run]:
+    """(our net, what makes one step: both halves of guidance [2, T, C, H, W], the prompt's last). `share`
+    makes of the net one of several processes."""
     net = config.transformer
     with torch.device(device):
         ours = seeded(partial(ours_of("transformer").ExpertTransformer, net), dtype, device)
-    peer = peer_of(ours, config, "transformer", dtype, device)
-    frames, *size = latents
+    x, text = step_inputs(config, latents, dtype, device)
+    predict = ours_of("guidance").Predictor(model=share(ours), text=text[1:], negative=text[:1])
+
+    def run() -> Tensor:
+        with_prompt, without = predict(x, TIMESTEP)
+        return torch.cat([without, with_prompt])
+
+    return ours, run
+
+
+def step_inputs(config: Any, latents: Latents, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """The sample [1, T, C, H, W] and both texts [2, L, D]."""
+    net, (frames, *size) = config.transformer, latents
     x = randn(1, frames, net.in_channels, *size, dtype=dtype, device=device)
-    text = randn(2, net.text_len, net.text_dim, dtype=dtype, device=device)
-    predict = ours_of("guidance").Predictor(model=ours, text=text[1:], negative=text[:1])
+    return x, randn(2, net.text_len, net.text_dim, dtype=dtype, device=device)
+
+
+def step_beside_peer(
+    config: Any,
+    latents: Latents,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    compiled: bool = False,
+    graph: bool = False,
+) -> Pair:
+    """`compiled`: both sides; `graph`: ours as one CUDA graph."""
+    accelerate = ours_of("acceleration").Acceleration(
+        compile="blocks" if compiled else "graph" if graph else "none"
+    )
+    ours, run_ours = guided_step(config, latents, dtype, device, share=accelerate.apply)
+    peer = peer_of(ours, config, "transformer", dtype, device)
+    x, text = step_inputs(config, latents, dtype, device)
     rope = ours.rope(ours.grid_of(x, text), 0, x.device)
     rotary = None if rope is None else tuple(part.repeat_interleave(2, dim=1) for part in rope)
     if compiled:
-        ours.compile()
         peer.compile()
 
-    def run_ours() -> Tensor:
-        with_prompt, without = predict(x, 500)
-        return torch.cat([without, with_prompt])
-
     def run_peer() -> Tensor:
-        times = torch.full((2,), 500, device=device)
+        times = torch.full((2,), TIMESTEP, device=device)
         out = peer(torch.cat([x, x]), text, times, image_rotary_emb=rotary, return_dict=False)
         return out[0]
 

@@ -28,17 +28,19 @@ class Pair:
     ours: Run
     peer: Run
     difference: Callable[[], float] | None = None
+    close: Callable[[], None] = lambda: None  # what was started for it ends
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A row. `build` makes the nets, only when the row is wanted; ImportError: the peer is not installed."""
+    """A row. `build` makes the nets, only when the row is wanted; ImportError: the peer is not installed.
+    "wall": a time of which the wall's counts, since several processes take part."""
 
     name: str
     words: str
     build: Callable[[], Pair]
-    kind: Literal["time", "memory"] = "time"
+    kind: Literal["time", "wall", "memory"] = "time"
     device: Literal["cpu", "cuda"] = "cpu"
 
 
@@ -63,6 +65,13 @@ def seconds_of(run: Run, device: str) -> Seconds:
 def measure(case: Case, repeats: int) -> dict[str, Any]:
     """The row of `case` as JSON values. A round runs both once; the first round only warms up."""
     pair = case.build()
+    try:
+        return _measured(case, pair, repeats)
+    finally:
+        pair.close()
+
+
+def _measured(case: Case, pair: Pair, repeats: int) -> dict[str, Any]:
     row: dict[str, Any] = {"name": case.name, "kind": case.kind, "device": case.device, **pair.facts}
     if pair.difference is not None:
         row["difference"] = float(pair.difference())
@@ -72,11 +81,16 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
     rounds = [
         (seconds_of(pair.ours, case.device), seconds_of(pair.peer, case.device)) for _ in range(repeats + 1)
     ][1:]
-    clock = "wall" if case.device == "cuda" else "cpu"
+    clock = clock_of(row)
     row |= _summary(rounds, clock)
     if "floor_seconds" in row:
         row["of_floor"] = row["floor_seconds"] / row[f"ours_{clock}"]
     return row
+
+
+def clock_of(row: dict[str, Any]) -> str:
+    """Whose time counts in a row."""
+    return "wall" if row["device"] == "cuda" or row["kind"] == "wall" else "cpu"
 
 
 def _summary(rounds: list[tuple[Seconds, Seconds]], clock: str) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.peers.harness import Case
+from benchmarks.peers.harness import Case, clock_of
 from benchmarks.suites import one_of
 from shared.files import write_json
 
-MODULES = ("diffusion", "ar")
+MODULES = ("diffusion", "processes", "ar", "gpu")
 FLOORS = Path(__file__).resolve().parents[1] / "floors.json"
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -125,6 +125,6 @@ def amount(row: dict[str, Any], side: str) -> str:
     """What one side took, with its unit; of ours also the part that reading memory must take, if known."""
     if row["kind"] == "memory":
         return f"{row[f'{side}_bytes'] / 2**20:.0f} MiB"
-    seconds = row[f"{side}_{'wall' if row['device'] == 'cuda' else 'cpu'}"]
+    seconds = row[f"{side}_{clock_of(row)}"]
     words = f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
     return f"{words} ({row['of_floor']:.0%})" if side == "ours" and "of_floor" in row else words

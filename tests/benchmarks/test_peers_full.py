@@ -1,0 +1,64 @@
+"""Rows that need a GPU or several processes, run where there is neither at sizes that take no time, and the
+full sizes without memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.peers import gpu, processes
+from benchmarks.peers.harness import Case, measure
+from benchmarks.peers.rows import all_cases, chosen_cases
+
+pytestmark = pytest.mark.peers
+pytest.importorskip("diffusers")
+
+TINY = {
+    "step": partial(gpu.step_pair, "cogvideox-5b", ""),
+    "decode": gpu.decode_pair,
+    "ar": gpu.ar_pair,
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_rows_of_a_gpu_at_no_size(name: str) -> None:
+    case = Case(name=name, words="", build=partial(TINY[name], device="cpu", tiny=True), kind="wall")
+    row = measure(case, 1)
+    assert row["difference"] < (1e-4 if name == "ar" else 0.05)
+    assert row["of_floor"] == pytest.approx(row["floor_seconds"] / row["ours_wall"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", gpu.PRESETS)
+def test_steps_of_full_size_without_memory(preset: str) -> None:
+    """Both sides fit together: shapes, weights and inputs."""
+    pair = gpu.step_pair(preset, "", device="meta")
+    assert pair.ours().shape == pair.peer().shape == (2, 13, 16, 60, 90)
+    assert pair.facts["flops"] == pytest.approx(
+        {"cogvideox-2b": 240e12, "cogvideox-5b": 664e12}[preset], rel=0.01
+    )
+
+
+@torch.no_grad()
+def test_decoding_of_full_size_without_memory() -> None:
+    pair = gpu.decode_pair(device="meta")
+    assert pair.ours().shape == pair.peer().shape == (1, 3, 49, 480, 720)
+    assert pair.facts["flops"] == pytest.approx(315e12, rel=0.05)
+
+
+def test_rows_of_a_gpu_are_left_out_without_one() -> None:
+    wanted = {name for name, case in all_cases().items() if case.device == "cuda"}
+    assert {"diffusion/full-step-cogvideox-5b-graph", "diffusion/full-decode", "ar/full-step"} <= wanted
+    chosen = {case.name for case in chosen_cases(["diffusion/full", "ar/full"])}
+    assert chosen == (wanted if torch.cuda.is_available() else set())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cut", processes.CUTS)
+def test_two_processes_make_the_same_step(cut: str) -> None:
+    case = Case(name=cut, words="", build=partial(processes.processes_pair, cut, tiny=True), kind="wall")
+    row = measure(case, 1)
+    assert row["difference"] < 1e-5
+    assert row["ratio"] == row["peer_wall"] / row["ours_wall"]
