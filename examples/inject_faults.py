@@ -478,11 +478,11 @@ class Campaign:
     # ---- kinds
 
     def kills(self, scenario: Scenario, rng: random.Random) -> Verdict:
-        """One to four signals in as many runs, at a random time or before a random file operation."""
+        """Three to eight signals in as many runs, at a random time or before a random file operation."""
         _, whole, _ = self.reference(scenario)
         self.begin(scenario)
         verdict = Verdict()
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.randint(3, 8)):
             name = rng.choice([*SIGNALS, "SIGKILL"])
             if rng.random() < 0.5:
                 fault = Fault(signal=SIGNALS[name], seconds=rng.uniform(0, whole.seconds))
