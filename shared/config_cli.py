@@ -109,7 +109,7 @@ def _parse_scalar(text: str, hint: Any, name: str) -> Any:
         value = hint(text)
     except ValueError as error:
         raise SettingError(f"{name} is {kind}, got {text!r}") from error
-    if not math.isfinite(value):
+    if abs(value) > MOST if isinstance(value, int) else not math.isfinite(value):
         raise SettingError(f"{name} is {kind}, got {text!r}")
     return value
 

@@ -29,7 +29,7 @@ from shared.clips import shapes
 from shared.clips.dataset import probe
 from shared.clips.measures import FORMAT, measure, read_scores
 from shared.clips.precompute import read_index
-from shared.config_cli import report
+from shared.config_cli import override, report
 from shared.config_io import check_type, from_plain, load_config, to_plain
 from shared.errors import OutputPathError, SettingError, UserError, WeightsError
 from shared.files import write_json
@@ -142,6 +142,12 @@ def test_a_net_that_cannot_be_counted() -> None:
 
     with pytest.raises(WeightsError, match="do not describe a net"), without_memory():
         CausalVAE(replace(tiny_config().vae, latent_channels=2**62))
+
+
+@pytest.mark.parametrize("text", ["1" + "0" * 400, "-9223372036854775809", "1" * 5000, "inf", "nan"])
+def test_overrides_that_nothing_can_hold(text: str) -> None:
+    with pytest.raises(SettingError, match="a whole number"):
+        override(tiny_config(), f"sampling.num_inference_steps={text}")
 
 
 def test_a_dtype_that_is_no_text() -> None:
