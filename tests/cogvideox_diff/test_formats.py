@@ -49,10 +49,17 @@ def test_save_and_load_changes_nothing(variant: str, layout: Any, spiece: Path, 
     )
     assert loaded.config == pipe.config and loaded.name == "m"
     assert loaded.settings() == pipe.settings()
+    for part in ("transformer", "vae", "text_encoder"):
+        before, after = getattr(pipe.parts, part).state_dict(), getattr(loaded.parts, part).state_dict()
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[name], after[name]) for name in before
+        )
     options: dict[str, Any] = {"image": picture()} if "i2v" in variant else {}
     options["num_inference_steps"] = 1
-    assert torch.equal(
-        loaded(PROMPT, output_type="latent", **options), pipe(PROMPT, output_type="latent", **options)
+    expected = pipe(PROMPT, output_type="latent", **options)
+    # Not bit for bit: products on the CPU round by where a weight begins, and in a mapped file that is anywhere.
+    torch.testing.assert_close(
+        loaded(PROMPT, output_type="latent", **options), expected, rtol=1e-5, atol=1e-4
     )
     encoder = loaded.parts.text_encoder.t5
     assert encoder.encoder.embed_tokens.weight is encoder.shared.weight
