@@ -57,7 +57,7 @@ def test_save_and_load_changes_nothing(variant: str, layout: Any, spiece: Path, 
     options: dict[str, Any] = {"image": picture()} if "i2v" in variant else {}
     options["num_inference_steps"] = 1
     expected = pipe(PROMPT, output_type="latent", **options)
-    # Not bit for bit: products on the CPU round by where a weight begins, and in a mapped file that is anywhere.
+    # Not bit for bit: CPU products round by where in memory a weight begins, in a mapped file anywhere.
     torch.testing.assert_close(
         loaded(PROMPT, output_type="latent", **options), expected, rtol=1e-5, atol=1e-4
     )
