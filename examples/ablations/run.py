@@ -3,6 +3,7 @@
 Every arm is a short training of a small net of the project's own classes, once per seed; a comparison is two
 arms that differ in one thing. Finished runs are kept in the output folder and not repeated.
 Run: python examples/ablations/run.py [--only NAME] [--seeds 3] [--output_path out/ablations]
+     [--page docs/ablations.md]
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import autoregressive
 import diffusion
 import torch
 from kit import Outcome, Settings, run_once
-from summary import COMPARISONS, Comparison, compared, draw, markdown
+from summary import COMPARISONS, Comparison, compared, draw, markdown, write_page
 
 from shared.files import atomic_path, write_json
 
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(COMPARISONS), help="one comparison (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output_path", type=Path, default=Path("out/ablations"))
+    parser.add_argument("--page", type=Path, help="a document whose tables and plot are to be these")
     options = parser.parse_args()
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
@@ -78,6 +80,8 @@ def main() -> None:
     chosen = [COMPARISONS[options.only]] if options.only else list(COMPARISONS.values())
     content = run(chosen, options.seeds, options.output_path, Settings(), partial(print, flush=True))
     print(markdown(content))
+    if options.page:
+        write_page(options.page, content)
     print(f"written: {options.output_path / 'ablations.json'}, .md and .png")
 
 

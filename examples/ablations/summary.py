@@ -11,7 +11,9 @@ import numpy as np
 from kit import Outcome
 
 from benchmarks.statistics import mean_interval, student_t
+from shared.files import atomic_path
 
+MARKER = "<!-- tables: examples/ablations/run.py writes what follows -->"
 STUDENT_T = {1: 12.706, 2: 4.303, 3: 3.182}  # the 97.5 % quantile where the expansion is off
 
 
@@ -274,6 +276,16 @@ def _number(value: float) -> str:
 
 def _span(interval: list[float] | None, count: int) -> str:
     return "" if interval is None else f"{interval[0]:+.4f}..{interval[1]:+.4f} (N {count})"
+
+
+def write_page(path: Path, content: dict[str, Any]) -> None:
+    """Put the tables behind the marker of a document, to its end, and the plot into its images."""
+    before, marker, _ = path.read_text(encoding="utf-8").partition(MARKER)
+    if not marker:
+        raise ValueError(f"{path} has no line {MARKER}")
+    draw(content, path.parent / "images" / "ablations.png")
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"{before}{MARKER}\n\n{markdown(content)}", encoding="utf-8")
 
 
 # ---- plot

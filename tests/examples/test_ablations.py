@@ -56,6 +56,13 @@ def test_everything_runs_and_is_not_repeated(code: SimpleNamespace, tmp_path: Pa
         for m in result["measures"]:
             assert m["seeds"] == 1 and m["over_seeds"] is None and m["verdict"] == "open"
             assert m["difference"] == pytest.approx(m["idea"] - m["without"], abs=1e-6)
+    page = tmp_path / "page.md"
+    (tmp_path / "images").mkdir()
+    page.write_text(f"What was found.\n{code.summary.MARKER}\nold tables")
+    code.summary.write_page(page, content)
+    tables = code.summary.markdown(content)
+    assert page.read_text() == f"What was found.\n{code.summary.MARKER}\n\n{tables}"
+    assert (tmp_path / "images" / "ablations.png").stat().st_size
     files = [tmp_path / f"ablations.{kind}" for kind in ("json", "md", "png")]
     assert all(file.stat().st_size for file in files)
     known = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
