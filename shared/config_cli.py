@@ -244,6 +244,8 @@ def _of_the_machine(error: Exception) -> UserError | None:
     if ran_out(error):
         reason = str(error).splitlines()[0] if str(error) else "no more memory"
         return OutOfMemoryError(f"out of memory: {reason}")
+    if str(error).startswith("Symlink loop"):  # of pathlib, before Python 3.13
+        return OutputPathError(str(error))
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename is not None else ""
         return OutputPathError(f"{error.strerror or error}{where}")

@@ -354,6 +354,21 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_links_to_themselves(world: World, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    argv = [
+        "caption",
+        "--input_path",
+        world / "clips",
+        "--output_path",
+        tmp_path / "loop",
+        "--adapter",
+        "shapes",
+    ]
+    code, said = end_of(programs()["cogvideo-data"], argv, tmp_path)
+    assert code == 2 and said.startswith("error: ")
+
+
 @pytest.mark.parametrize("flag", ["--num_pairs=--", "--pairs=--", "--seed=--"])
 def test_flags_with_nothing(flag: str, world: World, tmp_path: Path) -> None:
     argv = ["study", "make", world / "run", "--output_path", "s", flag]
