@@ -28,6 +28,7 @@ from cogvideo_ar.layout import (
     prompt_tokens,
     training_batch,
 )
+from cogvideo_ar.options import PIXELS_PER_TOKEN
 from cogvideo_ar.parts import Parts
 from cogvideo_ar.training.data import (
     Sample,
@@ -44,6 +45,7 @@ from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import load_into, load_tensors, save_tensors
 from shared.clips import shapes
+from shared.clips.stream import PixelBatches
 from shared.errors import SettingError, WeightsError
 from shared.losses import edge_weight
 from shared.tokenizers.icetk import IceTokenizer
@@ -53,6 +55,7 @@ from shared.training_parallel import ALONE, Strategy, whole_state
 
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
 STAGES = ("tokenizer", "vqvae", "tokens", "base", "keyframes", "interpolation")
+CLIP_FRAMES, CLIP_FPS = 5, 4.0  # what is read of a clip on disk for the codec
 TEXT_DROPOUT = 0.1  # share of samples without a caption: what guidance calls the guider
 
 
@@ -66,6 +69,8 @@ class Recipe:
     keyframes: TrainConfig
     interpolation: TrainConfig
     vqvae_batch: int = 16
+    vqvae_clips: str = ""  # a list of clips whose frames the codec learns instead of the demo world's
+    vqvae_workers: int = 0  # processes that decode them
     continuous_steps: int = 300  # of the codec, before it has a codebook
     image_batch: int = 32  # of the base stage
     clip_batch: int = 12
@@ -95,6 +100,16 @@ def demo() -> Recipe:
         keyframes=replace(transformer, steps=2000),
         interpolation=replace(transformer, steps=700),
     )
+
+
+def draw_stills(seed: int, step: int, size: int) -> Tensor:
+    """Images [size, 3, H, W] of the demo world."""
+    return shapes.stills(seed, step, size)[0]
+
+
+def like(model: VQVAE, pixels: Tensor) -> Tensor:
+    """Images where the model is, in its memory format."""
+    return pixels.to(next(model.parameters()).device).to(memory_format=torch.channels_last)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo}
@@ -147,29 +162,38 @@ class Run:
         torch.manual_seed(settings.seed)
         model = channels_last(VQVAE(recipe.config.vqvae))
         (rate,) = recipe.config.vqvae.rates
+        draw = self._frames_on_disk() if recipe.vqvae_clips else draw_stills
 
         def objective(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-            pixels = self._stills(model, settings.seed, step, recipe.vqvae_batch)
+            pixels = like(model, draw(settings.seed, step, recipe.vqvae_batch))
             draws = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
             outlines = edge_weight(pixels)
             if step < recipe.continuous_steps:
                 rebuilt = {rate: model.reconstruct_unquantized(pixels, rate)}
                 return reconstruction_loss(rebuilt, pixels, pixel_weight=outlines)
             if step == recipe.continuous_steps:
-                model.init_codebook(self._stills(model, settings.seed + 1, step, 256), draws)
+                model.init_codebook(like(model, draw(settings.seed + 1, step, 256)), draws)
             restart = step % 5 == 0 and step < 0.7 * settings.steps
             return vqvae_step(
                 model, pixels, generator=draws if restart else None, decay=0.98, pixel_weight=outlines
             )
 
         said = recipe_of(settings, batch=recipe.vqvae_batch)
+        said |= {"clips": recipe.vqvae_clips} if recipe.vqvae_clips else {}
         train(model, objective, settings, self.folder / "vqvae", recipe=said, quiet=self.quiet)
         self._save(model, "vqvae")
 
-    def _stills(self, model: VQVAE, seed: int, step: int, size: int) -> Tensor:
-        """Images of a step where the model is."""
-        pixels = shapes.stills(seed, step, size)[0].to(next(model.parameters()).device)
-        return pixels.to(memory_format=torch.channels_last)
+    def _frames_on_disk(self) -> Callable[[int, int, int], Tensor]:
+        """Frames of the clips on the recipe's list: of each clip another one at every step."""
+        height, width = (side * PIXELS_PER_TOKEN for side in self.recipe.config.keyframes.grid)
+        batches = PixelBatches(
+            Path(self.recipe.vqvae_clips), (height, width), CLIP_FPS, num_workers=self.recipe.vqvae_workers
+        )
+
+        def draw(seed: int, step: int, size: int) -> Tensor:
+            return batches.batch(seed, step, size, CLIP_FRAMES)[:, :, step % CLIP_FRAMES]
+
+        return draw
 
     def vqvae(self) -> VQVAE:
         model = VQVAE(self.recipe.config.vqvae)

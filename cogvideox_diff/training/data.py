@@ -11,10 +11,7 @@ from tqdm import tqdm
 
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.clips import shapes
-from shared.clips.buckets import Bucket
 from shared.clips.cache import cache_key, read_cache, write_cache
-from shared.clips.dataset import read_clips
-from shared.clips.stream import BatchPlan, ClipStream, PixelClips
 from shared.errors import SettingError
 
 
@@ -37,32 +34,6 @@ def pixel_batch(seed: int, step: int, size: int, num_frames: int) -> Tensor:
     draws = torch.Generator().manual_seed(step)
     starts = torch.randint(shapes.NUM_FRAMES - num_frames + 1, (size,), generator=draws).tolist()
     return torch.stack([clip[:, s : s + num_frames] for clip, s in zip(clips, starts, strict=True)])
-
-
-class PixelBatches:
-    """As `pixel_batch`, of the clips on a list: frames at even times from the first on, decoded when their
-    turn comes. Clips that cannot be read are passed over; SettingError where none is left."""
-
-    def __init__(
-        self, path: Path, size: tuple[int, int], fps: float, *, stride: int = 1, num_workers: int = 0
-    ) -> None:
-        self._clips, self._size, self._fps = read_clips(path, must_exist=False), size, fps
-        self._stride, self._num_workers = stride, num_workers
-        self._last: tuple[tuple[int, int, int], ClipStream] | None = None
-
-    def batch(self, seed: int, step: int, size: int, num_frames: int) -> Tensor:
-        """float32 [size, 3, num_frames, height, width] in -1..1."""
-        asked = (seed, size, num_frames)
-        if self._last is None or self._last[0] != asked:
-            height, width = self._size
-            bucket = Bucket(num_frames=num_frames, height=height, width=width)
-            samples = PixelClips(self._clips, (bucket,), self._fps)
-            plan = BatchPlan(samples.groups, size, seed=seed, tails="fill")
-            stream = ClipStream(
-                samples=samples, plan=plan, stride=self._stride, num_workers=self._num_workers
-            )
-            self._last = asked, stream
-        return self._last[1].at(step)["pixels"]
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from cogvideox_diff.schedule import NoiseSchedule
 from cogvideox_diff.text_encoder import T5TextEncoder
 from cogvideox_diff.training.data import (
     LatentClips,
-    PixelBatches,
     clearest,
     encode_shapes,
     pixel_batch,
@@ -41,6 +40,7 @@ from cogvideox_diff.transformer import ExpertTransformer
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import load_into, load_tensors, save_tensors
 from shared.clips import shapes
+from shared.clips.stream import PixelBatches
 from shared.errors import SettingError, WeightsError
 from shared.losses import edge_weight
 from shared.tokenizers.sentencepiece_training import T5_IDS, train_text_model

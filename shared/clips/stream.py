@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, cycle, islice
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shared.clips.buckets import Bucket, assign
-from shared.clips.dataset import Clip, Extent, even_count, even_indices, probe, read_frames
+from shared.clips.dataset import Clip, Extent, even_count, even_indices, probe, read_clips, read_frames
 from shared.errors import BatchError, SettingError, UserError
 from shared.transforms import fit_video
 
@@ -202,6 +203,33 @@ class PixelClips:
         clip, extent, bucket = self._chosen[place]
         video = read_frames(clip.video, even_indices(extent.fps, self.fps, bucket.num_frames), self.fps)
         return {"pixels": fit_video(video, bucket.height, bucket.width).to_pixels()}
+
+
+class PixelBatches:
+    """Pixels of the clips on a list, for the training of a codec: frames at even times from the first on,
+    decoded when their turn comes. Clips that cannot be read are passed over; SettingError where none is
+    left."""
+
+    def __init__(
+        self, path: Path, size: tuple[int, int], fps: float, *, stride: int = 1, num_workers: int = 0
+    ) -> None:
+        self._clips, self._size, self._fps = read_clips(path, must_exist=False), size, fps
+        self._stride, self._num_workers = stride, num_workers
+        self._last: tuple[tuple[int, int, int], ClipStream] | None = None
+
+    def batch(self, seed: int, step: int, size: int, num_frames: int) -> Tensor:
+        """float32 [size, 3, num_frames, height, width] in -1..1."""
+        asked = (seed, size, num_frames)
+        if self._last is None or self._last[0] != asked:
+            height, width = self._size
+            bucket = Bucket(num_frames=num_frames, height=height, width=width)
+            samples = PixelClips(self._clips, (bucket,), self._fps)
+            plan = BatchPlan(samples.groups, size, seed=seed, tails="fill")
+            stream = ClipStream(
+                samples=samples, plan=plan, stride=self._stride, num_workers=self._num_workers
+            )
+            self._last = asked, stream
+        return self._last[1].at(step)["pixels"]
 
 
 def stacked(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from shared import training
 from shared.clips import shapes
 from shared.errors import SettingError, WeightsError
 from shared.training import Interrupted, TrainConfig
+from tests.shared.clip_files import world
 
 # ---- samples
 
@@ -300,3 +301,17 @@ def test_a_stage_needs_the_earlier_ones(tmp_path: Path) -> None:
 def test_a_vocabulary_that_does_not_fit_the_preset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="the vocabulary has"):
         recipes.Run(replace(tiny_recipe(), vocab_size=70), tmp_path).stage("tokenizer")
+
+
+def test_the_codec_learns_the_frames_of_clips_on_disk(tmp_path: Path) -> None:
+    """Other weights than from the demo world, the same with a worker; a damaged file is passed over."""
+    world(tmp_path / "clips", 3, num_frames=9)
+    (tmp_path / "clips" / "videos" / "1.mkv").write_bytes(b"no video")
+    weights = []
+    for number, clips in enumerate(["", str(tmp_path / "clips"), str(tmp_path / "clips")]):
+        recipe = replace(tiny_recipe(), vqvae_clips=clips, vqvae_workers=number // 2, continuous_steps=1)
+        recipes.Run(recipe, tmp_path / str(number), quiet=True).stage("vqvae")
+        weights.append(load_file(tmp_path / str(number) / "vqvae" / "weights.safetensors"))
+    shapes_only, alone, with_worker = weights
+    assert all(with_worker[name].equal(x) for name, x in alone.items())
+    assert any(not shapes_only[name].equal(x) for name, x in alone.items())
