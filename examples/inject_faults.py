@@ -108,8 +108,8 @@ SCENARIOS = (
     Scenario("convert back, CogVideo", "cogvideo_ar", _convert("{world}/converted", "sat")),
     Scenario("convert, CogVideoX", "cogvideox_diff", _convert("{world}/x", "diffusers"), "converted_x"),
     Scenario("bench run", "benchmarks", (
-        "run", "demo", "--models", "cogvideo:{world}/ar", "--num_prompts", "2", "--num_clips", "2",
-        "--no-warm_up", "--output_path", "{out}/bench", "--quiet")),
+        "run", "demo", "--models", "cogvideo:{world}/ar", "--prompt_file", "{world}/prompts.txt",
+        "--num_prompts", "2", "--num_clips", "2", "--no-warm_up", "--output_path", "{out}/bench", "--quiet")),
 )  # fmt: skip
 
 
