@@ -15,6 +15,8 @@ from benchmarks.suites import Suite
 
 FEW_PROMPTS = 16  # below, a difference must be very large for its interval to exclude zero
 
+MAX_NAMED = 4  # differences in one note
+
 MIN_PAIRS = 6  # fewer pairs, all of one sign, are still within chance at 5 % (sign test)
 
 # of the same true clips for every model, or the cost of a video as it was made: no window matters
@@ -98,13 +100,21 @@ def multiple_comparisons(differences: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(tested) < 2 or not any(called):
         return []
     stands = holm([normal_p(entry["value"], entry["low"], entry["high"]) for entry in tested])
-    fallen = [entry["metric"] for entry, a, b in zip(tested, called, stands, strict=True) if a and not b]
+    pairs = {(entry["a"], entry["b"]) for entry in tested}
+    fallen = [
+        entry["metric"] + (f" of {entry['a']} − {entry['b']}" if len(pairs) > 1 else "")
+        for entry, a, b in zip(tested, called, stands, strict=True)
+        if a and not b
+    ]
     words = f"{len(tested)} differences are tested at 5 % each, so that one in twenty is called by chance; "
     if not fallen:
         return [f"{words}all {sum(called)} that are called also stand when tested together (Holm)"]
+    listed = ", ".join(fallen[:MAX_NAMED]) + (
+        f" and {more} more" if (more := len(fallen) - MAX_NAMED) > 0 else ""
+    )
     return [
         f"{words}{sum(called) - len(fallen)} of {sum(called)} that are called stand when tested together "
-        f"(Holm), not {', '.join(fallen)}"
+        f"(Holm), not {listed}"
     ]
 
 

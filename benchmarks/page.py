@@ -91,6 +91,7 @@ def environment() -> jinja2.Environment:
     made.globals["number"] = lambda name, value, sign=False: wording.number(METRICS[name], value, sign=sign)
     made.globals["span"] = lambda name, value, sign=False: wording.span(METRICS[name], value, sign=sign)
     made.globals["film_words"] = film_words
+    made.globals["called"] = wording.called
     return made
 
 

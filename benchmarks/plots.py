@@ -41,6 +41,8 @@ MARKERS = "osD^vP"
 QUALITY = ("prompt_accuracy", "clip/sim", "inception_score", "fvd/stylegan-v/fvd2048_16f", "fvd/videogpt",
            "frechet/own", "frechet/fixed")  # fmt: skip
 MAX_COST_PLOTS = 2
+LABEL_POINTS = 170.0  # height of a cost plot's axes, about
+NEAR = 0.12  # of a plot's side: labels of one text closer than that are one
 ATTRIBUTE_ROWS = ("", "/colour", "/shape", "/motion", "/speed", "/background", "/valid")
 
 Models = Mapping[str, Mapping[str, Any]]
@@ -95,15 +97,12 @@ def _quality_and_cost(models: Models, name: str) -> str:
     scale = 100 if metric.proportion else 1
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(3.1)
-        lowest = min(models, key=lambda model: models[model]["metrics"][name]["value"])
-        for index, (model, row) in enumerate(models.items()):
+        points = []
+        for index, row in enumerate(models.values()):
             x = row["metrics"]["seconds_per_video"]
             y = {end: scale * row["metrics"][name][end] for end in ("value", "low", "high")}
             _crossed_intervals(axes, x, y, index)
-            axes.annotate(
-                model, (x["value"], y["value"]), xytext=(9, -16 if model == lowest else 9),
-                textcoords="offset points", color=SERIES[index % len(SERIES)],
-            )  # fmt: skip
+            points.append((x["value"], y["value"]))
         unit = "%" if metric.proportion else metric.unit
         axes.set(xscale="log", xlabel="seconds per video (logarithmic)")
         axes.set_ylabel(f"{titled(metric)}{f', {unit}' if unit else ''}", wrap=True)
@@ -112,9 +111,24 @@ def _quality_and_cost(models: Models, name: str) -> str:
         else:
             axes.margins(y=0.25)
         _wide_log_axis(axes, [row["metrics"]["seconds_per_video"] for row in models.values()])
+        _named_points(axes, list(models), points)
         axes.grid(axis="y", linewidth=0.8)
         axes.tick_params(length=0, labelcolor=MUTED)
         return inline(figure, f"cost-{QUALITY.index(name)}", f"{metric.title} against seconds per video")
+
+
+def _named_points(axes: Axes, names: Sequence[str], points: Sequence[tuple[float, float]]) -> None:
+    """Labels to the right of the points, pushed apart where they would lie upon each other."""
+    low, high = axes.get_ylim()
+    below = -1.0
+    for index in sorted(range(len(names)), key=lambda i: points[i][1]):
+        at = (points[index][1] - low) / (high - low)
+        place = min(max(at - 0.07 if below < 0 else at + 0.05, below + 0.085, 0.02), 1.0)
+        below = place
+        axes.annotate(
+            names[index], points[index], xytext=(9, (place - at) * LABEL_POINTS),
+            textcoords="offset points", color=SERIES[index % len(SERIES)], va="center",
+        )  # fmt: skip
 
 
 def _crossed_intervals(axes: Axes, x: Mapping[str, float], y: Mapping[str, float], index: int) -> None:
@@ -178,8 +192,11 @@ def memory_curves(models: Models) -> str:
     unit, step = next((name, 2.0**power) for name, power in units if most >= 2**power)
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(2.6)
+        told: list[tuple[float, float]] = []  # where names stand, as shares of the axes
+        longest = max(_total(stages) for stages in rows.values())
         for model, stages in rows.items():
-            _memory_curve(axes, stages, SERIES[list(models).index(model) % len(SERIES)], step)
+            _memory_curve(axes, stages, SERIES[list(models).index(model) % len(SERIES)], step, told,
+                          (longest, most))  # fmt: skip
         axes.set(xlabel="seconds of one video, mean", ylabel=f"peak memory, {unit}")
         axes.set_xlim(left=0)
         axes.set_ylim(0, most / step * 1.18)
@@ -188,8 +205,15 @@ def memory_curves(models: Models) -> str:
         return inline(figure, "memory", "Greatest memory of each stage along the time of one video")
 
 
-def _memory_curve(axes: Axes, stages: Mapping[str, Any], colour: str, step: float) -> None:
-    """A level for each stage; the highest carries its name."""
+def _memory_curve(
+    axes: Axes,
+    stages: Mapping[str, Any],
+    colour: str,
+    step: float,
+    told: list[tuple[float, float]],
+    ends_of: tuple[float, float],
+) -> None:
+    """A level for each stage; the highest carries its name, unless one stands there already."""
     names = top_level(list(stages))
     levels = [stages[name]["peak_bytes"] for name in names]
     ends = [0.0]
@@ -200,6 +224,10 @@ def _memory_curve(axes: Axes, stages: Mapping[str, Any], colour: str, step: floa
     top = levels.index(max(levels))
     words = f"{names[top].rpartition('/')[2]} {size(levels[top])}"
     middle = (ends[top] + ends[top + 1]) / 2
+    at = (middle / ends_of[0], levels[top] / ends_of[1])
+    if any(abs(at[0] - x) < 2 * NEAR and abs(at[1] - y) < NEAR for x, y in told):
+        return
+    told.append(at)
     axes.annotate(words, (middle, levels[top] / step), xytext=(0, 4), textcoords="offset points", ha="center",
                   fontsize=9, color=colour)  # fmt: skip
 
@@ -217,11 +245,16 @@ def roofline(models: Models) -> str:
         return ""
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(3.1)
+        told: set[tuple[str, float]] = set()  # of models alike, the first names the stage
         for index, stage, cost, took in points:
             x, y = cost["flops"] / cost["bytes_moved"], cost["flops"] / took
             axes.plot(x, y, MARKERS[index % len(MARKERS)], color=SERIES[index % len(SERIES)], markersize=7)
-            axes.annotate(stage.rpartition("/")[2], (x, y), xytext=(6, -11), textcoords="offset points",
-                          fontsize=9, color=SERIES[index % len(SERIES)])  # fmt: skip
+            if (stage, round(x, 3)) not in told:
+                told.add((stage, round(x, 3)))
+                axes.annotate(
+                    stage.rpartition("/")[2], (x, y), xytext=(6, 5 if len(told) % 2 else -12),
+                    textcoords="offset points", fontsize=9, color=SERIES[index % len(SERIES)],
+                )  # fmt: skip
         ratios = [cost["flops"] / cost["bytes_moved"] for _, _, cost, _ in points]
         low, high = min(ratios) / 4, max(300.0, *ratios) * 8
         for name, device in devices().items():

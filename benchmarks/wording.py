@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.metrics import METRICS, Metric
@@ -121,17 +121,46 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     models = results["models"]
     name = "prompt_accuracy"
     shares = [
-        f"{model} in {number(METRICS[name], row['metrics'][name]['value'])}"
-        for model, row in models.items()
+        f"{'by ' * (index > 0)}{model} in {number(METRICS[name], row['metrics'][name]['value'])}"
+        for index, (model, row) in enumerate(models.items())
         if name in row["metrics"]
     ]
-    sentences = (
-        [f"All that the prompt asks for is shown by {' and by '.join(shares)} of prompts."] if shares else []
-    )
-    for entry in results["differences"]:
-        if entry["metric"] == name and "verdict" in entry:
-            sentences.append(f"{sentence(entry['verdict'])}.")
+    sentences = [f"All that the prompt asks for is shown by {listed(shares)} of prompts."] if shares else []
+    found = [e for e in results["differences"] if e["metric"] == name and "verdict" in e]
+    if len(found) == 1:
+        sentences.append(f"{sentence(found[0]['verdict'])}.")
+    elif found:
+        sentences += pair_sentences(METRICS[name], found)
     return sentences + cost_sentences(models)
+
+
+def listed(words: Sequence[str]) -> str:
+    """a; a and b; a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def pair_sentences(metric: Metric, differences: Sequence[Value]) -> list[str]:
+    """Which of several pairs differ, the greatest difference first; the others are named together."""
+    told = sorted((e for e in differences if is_called(e)), key=lambda e: -abs(e["value"]))
+    sentences = []
+    for entry in told:
+        better, worse = (entry["a"], entry["b"]) if entry["value"] > 0 else (entry["b"], entry["a"])
+        gap = number(metric, abs(entry["value"]), sign=True).lstrip("+")
+        sentences.append(f"{better} is ahead of {worse} by {gap}.")
+    level = [f"{e['a']} and {e['b']}" for e in differences if not is_called(e)]
+    return sentences + ([f"No difference is shown between {'; '.join(level)}."] if level else [])
+
+
+def is_called(entry: Value) -> bool:
+    """Does the verdict name one of the two? Its words for the others are those of `fairness.verdict`."""
+    return "verdict" in entry and entry["verdict"].endswith((" is better", " is higher"))
+
+
+def called(differences: Sequence[Value]) -> str:
+    """How many of a metric's pairs differ."""
+    refused = sum("refused" in entry for entry in differences)
+    words = f"{sum(map(is_called, differences))} of {len(differences)} pairs differ"
+    return f"{words}, {refused} refused" if refused else words
 
 
 def cost_sentences(models: Mapping[str, Any]) -> list[str]:

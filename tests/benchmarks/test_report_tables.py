@@ -135,6 +135,26 @@ def metric_values(value: float) -> dict[str, float]:
     return {"value": value, "low": value * 0.9, "high": value * 1.1}
 
 
+def test_findings_of_several_pairs_name_them() -> None:
+    def entry(a: str, b: str, value: float, verdict: str) -> dict[str, Any]:
+        return {"a": a, "b": b, "metric": "prompt_accuracy", "value": value, "verdict": verdict}
+
+    differences = [
+        entry("x", "y", -0.2, "y is better"),
+        entry("x", "z", 0.5, "x is better"),
+        entry("y", "z", 0.01, "no difference shown with 64 prompts"),
+        {"a": "y", "b": "w", "metric": "prompt_accuracy", "refused": "the windows differ"},
+    ]
+    models = {name: {"metrics": {"prompt_accuracy": metric_values(0.5)}} for name in "xyz"}
+    assert wording.headline({"models": models, "differences": differences}) == [
+        "All that the prompt asks for is shown by x in 50 %, by y in 50 % and by z in 50 % of prompts.",
+        "x is ahead of z by 50 points.",
+        "y is ahead of x by 20 points.",
+        "No difference is shown between y and z.",
+    ]
+    assert wording.called(differences) == "2 of 4 pairs differ, 1 refused"
+
+
 def test_quality_against_cost_takes_the_metrics_that_all_have() -> None:
     both = {"seconds_per_video": metric_values(2.0), "frechet/fixed": metric_values(0.5)}
     models = {
