@@ -76,6 +76,13 @@ def write_json(path: str | Path, content: Mapping[str, Any], *, overwrite: bool 
     return Path(path)
 
 
+def check_suffix(path: Path, suffix: str, what: str) -> Path:
+    """`path`, whose suffix says that the file may be `what`: a film in its place would be lost."""
+    if path.suffix != suffix:
+        raise OutputPathError(f"{what} is a {suffix} file, got {path}")
+    return path
+
+
 def _refuse(path: Path, overwrite: bool) -> None:
     if path.name in ("", "..") or (path.exists() and not (path.is_file() or path.is_dir())):
         raise OutputPathError(f"{path} is no place for a file: name one in a folder")

@@ -9,7 +9,7 @@ from benchmarks.comparison import compare
 from benchmarks.report import comparison_table
 from benchmarks.storage import RunFolder
 from shared.errors import SettingError
-from shared.files import write_json
+from shared.files import check_suffix, write_json
 from shared.json_files import shaped
 from shared.verbs import say
 
@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.output_path is not None:
+        check_suffix(options.output_path, ".json", "output_path")
     with shaped(f"{options.first} or {options.second}", SettingError):
         differences = compare(RunFolder(path=options.first), RunFolder(path=options.second))
     if options.output_path is not None:

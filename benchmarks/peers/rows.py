@@ -16,6 +16,7 @@ import torch
 from benchmarks.environment import environment
 from benchmarks.peers.harness import Case, clock_of
 from benchmarks.suites import one_of
+from shared.errors import SettingError
 from shared.files import write_json
 
 MODULES = ("diffusion", "processes", "ar", "gpu")
@@ -87,11 +88,16 @@ START, END = "<!-- results: written by `cogvideo-bench peers --page` -->", "<!--
 
 def write_page(page: Path, folder: Path = RESULTS) -> None:
     """Replace what stands between the marks of `page` by tables of the newest results of every device."""
+    try:
+        before, mark, rest = page.read_text(encoding="utf-8").partition(START)
+    except ValueError as error:
+        raise SettingError(f"{page} is no page of text: {error}") from error
+    if not mark:
+        raise SettingError(f"{page} has no place for the results: the line {START}")
     newest: dict[tuple[str, int], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-10:]):
         result = json.loads(path.read_text(encoding="utf-8"))
         newest[result["device"], result["threads"]] = result
-    before, _, rest = page.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
     tables = "\n".join(_table(result) for result in newest.values())
     page.write_text(f"{before}{START}\n\n{tables}\n{END}{after}", encoding="utf-8")

@@ -12,7 +12,7 @@ from tests.fuzz.harness import UNTOUCHED, Tally, effort
 from tests.fuzz.world import World, programs
 
 VERBS = [(program.name, verb) for program in programs().values() for verb in program.verbs]
-SLOW = {"peers"}  # measures for minutes
+OWN_FOLDERS = ("precompute", "finetune", "train")  # where a run replaces what an earlier one left
 
 
 def test_every_verb_has_a_plain_call(world: World) -> None:
@@ -30,7 +30,7 @@ def test_bad_arguments(name: str, verb: str, seed: int, world: World, tally: Tal
     before = world.mark()
     code = tally.command(f"{name} {verb}", program, [verb, *words], world.scratch)
     changed, gone = world.settle(before)
-    if gone and not {"--overwrite", "--save_every"} & {*words}:
+    if gone and "--overwrite" not in words and verb not in OWN_FOLDERS:
         tally.fault(f"{name} {verb}", "removed a file that was there", f"{words} {gone}")
     if changed and code in UNTOUCHED:
         tally.fault(f"{name} {verb}", "refused, but changed a file that was there", f"{words} {changed}")

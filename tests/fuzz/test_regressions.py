@@ -354,6 +354,23 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
+CHECK = ["check", "--input_path", "$/clips"]
+LOSSES = {
+    "scores": ("cogvideo-data", [*CHECK, "--report", "r.json", "--scores", "film.mp4"]),
+    "report": ("cogvideo-data", [*CHECK, "--report", "film.mp4", "--scores", "s.jsonl"]),
+    "compare": ("cogvideo-bench", ["compare", "$/run", "$/run", "--output_path", "film.mp4"]),
+    "page": ("cogvideo-bench", ["peers", "--page", "film.mp4"]),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_films_are_not_written_over_by_lists(name: str, world: World, tmp_path: Path) -> None:
+    shutil.copyfile(world / "film.mp4", tmp_path / "film.mp4")
+    program, words = LOSSES[name]
+    code, _ = end_of(programs()[program], [word.replace("$", str(world.path)) for word in words], tmp_path)
+    assert code == 2 and (tmp_path / "film.mp4").read_bytes() == (world / "film.mp4").read_bytes()
+
+
 def test_links_to_themselves(world: World, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     argv = [

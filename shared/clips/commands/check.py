@@ -48,11 +48,12 @@ def measured_clips(options: argparse.Namespace) -> list[Measured]:
     """The clips of `add_input_flags`, measured; files that are not there are among them."""
     from shared.clips.dataset import folder_of, read_clips
     from shared.clips.measures import measure_all
+    from shared.files import check_suffix
     from shared.runtime import check_workers
 
     check_workers(options.num_workers)
     clips = read_clips(options.input_path, must_exist=False)
-    scores = options.scores or folder_of(options.input_path) / SCORES
+    scores = check_suffix(options.scores or folder_of(options.input_path) / SCORES, ".jsonl", "scores")
     return measure_all(clips, scores, num_workers=options.num_workers, quiet=options.quiet or options.json)
 
 
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     from shared.clips.checks import CheckSettings, find_faults, lines, report
     from shared.clips.dataset import folder_of
     from shared.errors import BatchError
-    from shared.files import write_json
+    from shared.files import check_suffix, write_json
 
     settings = CheckSettings(
         min_frames=options.min_frames,
@@ -69,11 +70,11 @@ def run(options: argparse.Namespace) -> int:
         static_below=options.static_below,
         near_levels=options.near_levels,
     )
+    path = check_suffix(options.report or folder_of(options.input_path) / REPORT, ".json", "report")
     find_faults([], settings, options.allow)  # refuses an unknown kind before anything is decoded
     measured = measured_clips(options)
     content = report(measured, find_faults(measured, settings, options.allow))
     code = 0 if content["ok"] else BatchError.exit_code
-    path = options.report or folder_of(options.input_path) / REPORT
     content = {"ok": content["ok"], "exit_code": code, **content, "settings": asdict(settings)}
     write_json(path, content)
     say(options, content | {"report": str(path)}, [*lines(content), f"report: {path}"])
