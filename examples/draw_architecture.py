@@ -1,9 +1,9 @@
 """The architecture as a picture that is drawn from the code: who imports whom, and what data go through.
 
 Every arrow is an import statement that `ast` finds, but for those of annotations alone; what follows from
-other arrows is not drawn. A row imports only from rows below it (those in a circle share a row). The stages at
-the top are those that the pipelines time. Families are drawn module by module, their subfolders as one box; of
-`shared` and `benchmarks` there is a list.
+other arrows is not drawn. A row imports only from rows below it (those in a circle share a row). The stages
+at the top are those that the pipelines time. Families are drawn module by module, their subfolders as one
+box; of `shared` and `benchmarks` there is a list.
 
 Run: python examples/draw_architecture.py [--output_path docs/architecture.svg]
 """
