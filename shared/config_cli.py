@@ -228,7 +228,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except BrokenPipeError:  # whoever read our output has gone, and wants to hear no more
         _close_output()
         return OutputPathError.exit_code
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, ImportError, SystemError) as error:
         if (told := _of_the_machine(error)) is None:
             raise
         return report(told, as_json=as_json)
@@ -244,6 +244,8 @@ def _of_the_machine(error: Exception) -> UserError | None:
     if ran_out(error):
         reason = str(error).splitlines()[0] if str(error) else "no more memory"
         return OutOfMemoryError(f"out of memory: {reason}")
+    if isinstance(error, SystemError):  # Python lost a MemoryError of its own; else one of its parts is broken
+        return OutOfMemoryError(f"Python itself could not go on, most likely for lack of memory: {error}")
     if str(error).startswith("Symlink loop"):  # of pathlib, before Python 3.13
         return OutputPathError(str(error))
     if isinstance(error, OSError):

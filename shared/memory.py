@@ -25,6 +25,8 @@ SIGNS = (  # in the words of torch's allocators and libraries
     "can't allocate memory",
     "not enough memory",
     "Cannot allocate memory",
+    "cannot allocate memory",
+    "failed to map segment from shared object",
     "bad_alloc",
     "can't start new thread",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -68,7 +70,7 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, kinds) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+        isinstance(error, RuntimeError | ImportError) and any(sign in str(error) for sign in SIGNS)
     )
 
 
