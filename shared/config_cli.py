@@ -244,7 +244,7 @@ def _of_the_machine(error: Exception) -> UserError | None:
     if ran_out(error):
         reason = str(error).splitlines()[0] if str(error) else "no more memory"
         return OutOfMemoryError(f"out of memory: {reason}")
-    if isinstance(error, SystemError):  # Python lost a MemoryError of its own; else one of its parts is broken
+    if isinstance(error, SystemError):  # Python lost a MemoryError of its own, in an import as a rule
         return OutOfMemoryError(f"Python itself could not go on, most likely for lack of memory: {error}")
     if str(error).startswith("Symlink loop"):  # of pathlib, before Python 3.13
         return OutputPathError(str(error))

@@ -158,6 +158,12 @@ ENDINGS = [
     (WeightsError("no weights"), 3, "no weights"),
     (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 4, "CUDA out of memory."),
     (MemoryError(), 4, "no more memory"),
+    (OSError(12, "Cannot allocate memory"), 4, "out of memory"),
+    (ImportError("x.so: failed to map segment from shared object"), 4, "out of memory"),
+    (RuntimeError("can't start new thread"), 4, "out of memory"),
+    (SystemError("error return without exception set"), 4, "for lack of memory"),
+    (OSError(28, "No space left on device", "a.mp4"), 2, "No space left on device: a.mp4"),
+    (FloatingPointError("the loss is nan at step 3"), 5, "the loss is nan at step 3"),
     (KeyboardInterrupt(), 130, "interrupted"),
 ]
 
@@ -176,5 +182,6 @@ def test_run_with_json_prints_one_object(capsys):
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        run(failing(ZeroDivisionError()), [])
+    for error in (ZeroDivisionError(), RuntimeError("shapes differ"), ImportError("no module named x")):
+        with pytest.raises(type(error)):
+            run(failing(error), [])
