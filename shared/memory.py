@@ -29,6 +29,7 @@ SIGNS = (  # in the words of torch's allocators and libraries
     "failed to map segment from shared object",
     "bad_alloc",
     "can't start new thread",
+    "Resource temporarily unavailable",  # of threads too
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )

@@ -14,6 +14,7 @@ import sentencepiece
 
 from shared.errors import SettingError
 from shared.files import atomic_path
+from shared.memory import ran_out
 from shared.tokenizers.model_bytes import piece_record
 
 
@@ -68,6 +69,8 @@ def train_text_model(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if ran_out(error):
+            raise
         reason = str(error).splitlines()[-1].rpartition("] ")[2] or "no sentences"
         raise SettingError(f"cannot train a vocabulary of {vocab_size} pieces: {reason}") from error
     model = target.getvalue()
