@@ -73,7 +73,9 @@ class PointedFiles(OwnFiles):
             if (path := self._of_net.get(net.field)) is None:
                 continue
             if (home := _home(path, net)) is not None:
-                config = replace(config, **{net.field: getattr(read_config(home), net.field)})
+                if (settings := getattr(read_config(home), net.field)) is None:
+                    raise WeightsError(f"{name}: the model in {home} has no {net.field.replace('_', '-')}")
+                config = replace(config, **{net.field: settings})
             elif getattr(config, net.field) is None:
                 config = replace(config, **{net.field: _fine_config(name, path, config)})
         return config

@@ -371,6 +371,13 @@ def test_films_are_not_written_over_by_lists(name: str, world: World, tmp_path: 
     assert code == 2 and (tmp_path / "film.mp4").read_bytes() == (world / "film.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("flag", ["--refinement_path", "--super_resolution_path"])
+def test_parts_of_a_model_that_has_none(flag: str, world: World, tmp_path: Path) -> None:
+    argv = ["generate", "--model_path", world / "ar", "--prompt", "a", "--dry_run", flag, world / "ar"]
+    code, said = end_of(programs()["cogvideo-ar"], argv, tmp_path)
+    assert code in (2, 3) and said.startswith("error: ")
+
+
 def test_links_to_themselves(world: World, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     argv = [
