@@ -557,7 +557,10 @@ class Campaign:
         ended = run(scenario, self.world, self.out, Fault(memory=int(rng.uniform(0, 12) * 2**20)))
         if ended.code != 0:
             verdict.hit("out of memory")
-            self.look(verdict, ended, "out of memory", [4])
+            no_thread = (
+                ended.code == 127 and "thread-local data" in ended.said
+            )  # glibc ends the process itself
+            self.look(verdict, ended, "out of memory", [127] if no_thread else [4])
         self.finish(verdict, scenario)
         return verdict
 
@@ -663,9 +666,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def inject(
-    trials: int, folder: Path, names: Sequence[str] = (), kinds: Sequence[str] = (), seed: int = 0
+    trials: int,
+    folder: Path,
+    names: Sequence[str] = (),
+    kinds: Sequence[str] = (),
+    seed: int = 0,
+    again: bool = False,
 ) -> dict[str, Any]:
-    """Run the trials that FOLDER/faults.json does not hold yet; returns its content."""
+    """Run the trials that FOLDER/faults.json does not hold yet, with `again` those that went wrong too, whose
+    rows keep what was wrong before; returns the file's content."""
     from shared.files import write_json
 
     chosen = [s for s in SCENARIOS if not names or any(s.name.startswith(name) for name in names)]
@@ -678,10 +687,14 @@ def inject(
     preload(chosen)
     prepare(campaign.world, {scenario.start for scenario in chosen})
     for number, (kind, scenario) in enumerate(schedule(trials, chosen, wanted)):
-        if number < len(rows):
+        earlier = rows[number] if number < len(rows) else {}
+        if earlier and not (again and earlier["wrong"]):
             continue
         verdict = getattr(campaign, kind)(scenario, random.Random(f"{seed}/{number}"))
-        rows.append({"kind": kind, "scenario": scenario.name, **vars(verdict)})
+        row = {"kind": kind, "scenario": scenario.name, **vars(verdict)}
+        if earlier:
+            row["before"] = earlier["wrong"]
+        rows[number : number + 1] = [row]
         write_json(target, {"summary": summary(rows), "seed": seed, "rows": rows})
     return json.loads(target.read_text(encoding="utf-8"))
 
@@ -712,8 +725,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scenarios", nargs="+", default=[], help="beginnings of names; default: all")
     parser.add_argument("--kinds", nargs="+", default=[], choices=tuple(KINDS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="run those that went wrong once more")
     options = parser.parse_args(argv)
-    result = inject(options.trials, options.output_path, options.scenarios, options.kinds, options.seed)
+    result = inject(
+        options.trials, options.output_path, options.scenarios, options.kinds, options.seed, options.again
+    )
     print(json.dumps(result["summary"], indent=1))
     return 1 if result["summary"]["wrong"] else 0
 
