@@ -187,6 +187,7 @@ def _work(scenario: Scenario, argv: list[str], out: Path, fault: Fault, said: Pa
     code = 1
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background processes ignore it
         target = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for descriptor in (1, 2):
             os.dup2(target, descriptor)
@@ -557,9 +558,8 @@ class Campaign:
         ended = run(scenario, self.world, self.out, Fault(memory=int(rng.uniform(0, 12) * 2**20)))
         if ended.code != 0:
             verdict.hit("out of memory")
-            no_thread = (
-                ended.code == 127 and "thread-local data" in ended.said
-            )  # glibc ends the process itself
+            # the C library itself ends a process that has no room for a thread's data
+            no_thread = ended.code == 127 and "thread-local data" in ended.said
             self.look(verdict, ended, "out of memory", [127] if no_thread else [4])
         self.finish(verdict, scenario)
         return verdict
@@ -665,6 +665,22 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def table(paths: Sequence[Path]) -> str:
+    """Several campaigns as Markdown: every fault, how often it hit, and what was wrong afterwards."""
+    rows = [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    words = {name: f"{name}, at a random moment or before a random file operation" for name in SIGNALS}
+    lines = ["| fault | injected | results lost | half-written files | tracebacks |", "|---|---|---|---|---|"]
+    for fault in dict.fromkeys([*SIGNALS, *sorted({fault for row in rows for fault in row["hits"]})]):
+        hit = [row for row in rows if row["hits"].get(fault)]
+        wrong = [one for row in hit for one in row["wrong"]]
+        counts = [sum(word in one for one in wrong) for word in ("lost: ", "half-written", "traceback")]
+        count = sum(row["hits"][fault] for row in hit)
+        lines.append(f"| {words.get(fault, fault)} | {count} | " + " | ".join(map(str, counts)) + " |")
+    by_verb = summary(rows)["kills_by_verb"]
+    verbs = ", ".join(f"{name} {count}" for name, count in by_verb.items())
+    return "\n".join([*lines, "", f"Signals by command, {sum(by_verb.values())} in all: {verbs}.", ""])
+
+
 def inject(
     trials: int,
     folder: Path,
@@ -726,7 +742,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=[], choices=tuple(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="run those that went wrong once more")
+    parser.add_argument("--table", nargs="+", type=Path, help="say what these faults.json hold, and stop")
     options = parser.parse_args(argv)
+    if options.table:
+        print(table(options.table))
+        return 0
     result = inject(
         options.trials, options.output_path, options.scenarios, options.kinds, options.seed, options.again
     )
