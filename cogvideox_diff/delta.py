@@ -19,6 +19,7 @@ from cogvideox_diff.lora import adapter_pairs, base_weights
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.checkpoints import load_tensors, save_tensors
 from shared.errors import WeightsError
+from shared.files import remove_leftovers
 
 DELTA = "transformer_delta.safetensors"
 DOWN, UP = ".lora_A", ".lora_B"
@@ -26,6 +27,7 @@ DOWN, UP = ".lora_A", ".lora_B"
 
 def save_delta(model: ExpertTransformer, base: Mapping[str, Tensor], folder: Path) -> Path:
     """Write adapters as pairs in float16, and whole what else differs from `base`."""
+    remove_leftovers(folder)
     own, half = base_weights(model), torch.float16
     content = {
         name: x.to(half)

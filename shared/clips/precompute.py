@@ -97,7 +97,7 @@ def _watched() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or not (reason := _dead_worker(error)):
+        if not (reason := _dead_worker(error)):
             raise
         raise UserError(
             f"{reason} while reading files (too little memory?); finished shards stay; run it again, or with "

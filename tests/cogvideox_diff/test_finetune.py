@@ -20,6 +20,7 @@ from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import load_tensors, save_tensors
 from shared.config_io import save_config
 from shared.errors import SettingError, WeightsError
+from shared.files import _machine
 from shared.training import TrainConfig, train
 from tests.cogvideox_diff.tiny_pipeline import (
     FRAMES,
@@ -194,7 +195,11 @@ def test_a_difference_loads_as_the_whole_model(tmp_path: Path) -> None:
     model, config = trained_adapter(tiny_pipeline("5b"), tmp_path / "run")
     base = load_tensors(tmp_path / "base" / "transformer.safetensors")
     folder = tmp_path / "base" / "image_to_video"
+    folder.mkdir(parents=True)
+    half = folder / f".config.{_machine()}.4194303.tmp.json"  # of a process that was killed
+    half.touch()
     save_delta(model, base, folder)
+    assert not half.exists()
     save_config(config, folder / OUR_CONFIG, family=FAMILY, format=FORMAT, dtype="float32", base="..")
     assert {name.split(".")[0] for name in load_tensors(folder / DELTA)} == {"patch_embed", "blocks"}
     lora.merge(model)

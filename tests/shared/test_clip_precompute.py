@@ -81,14 +81,16 @@ def test_a_second_call_encodes_nothing_and_workers_change_nothing(tmp_path: Path
 def test_a_dead_worker_is_told_though_an_import_was_interrupted_by_the_news(tmp_path: Path) -> None:
     """The loader raises where this process stands; an import makes another error of it."""
 
-    def encode(number: int) -> dict[str, Tensor]:
-        try:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-        except RuntimeError as error:
-            raise ModuleNotFoundError("Could not import module 'T5EncoderModel'.") from error
+    for made_of_it in (ModuleNotFoundError("no module"), WeightsError("the settings do not describe a net")):
 
-    with pytest.raises(UserError, match=r"worker .pid 7. is killed .* run it again"):
-        write_shards(items(3), read, encode, tmp_path, quiet=True)
+        def encode(number: int, other: Exception = made_of_it) -> dict[str, Tensor]:
+            try:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+            except RuntimeError as error:
+                raise other from error
+
+        with pytest.raises(UserError, match=r"worker .pid 7. is killed .* run it again"):
+            write_shards(items(3), read, encode, tmp_path, quiet=True)
 
 
 def test_killed_in_the_middle_and_run_again_the_files_are_the_same(tmp_path: Path) -> None:
