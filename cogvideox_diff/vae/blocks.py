@@ -114,7 +114,7 @@ def norm_conv(
     context: ClipContext,
 ) -> Tensor:
     """Norm, SiLU and causal convolution; without gradients in one (`fast`), which rounds otherwise."""
-    if isinstance(norm, ClipNorm | SpatialNorm) and fast.applies(x_BCTHW, context):
+    if isinstance(norm, ClipNorm | SpatialNorm) and fast.applies(conv, x_BCTHW, context):
         return fast.norm_conv(norm.affine(x_BCTHW, z_BZthw, context), conv, x_BCTHW, context)  # type: ignore[arg-type]
     return conv(F.silu(norm(x_BCTHW, z_BZthw, context)), context)
 
@@ -132,9 +132,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
         """Without gradients the input may be used up."""
-        if fast.applies(x_BCTHW, context):
-            return fast.res_block(self, x_BCTHW, z_BZthw, context)
         h_BCTHW = norm_conv(self.norm1, self.conv1, x_BCTHW, z_BZthw, context)
+        if isinstance(self.norm2, ClipNorm | SpatialNorm) and fast.applies(self.conv2, h_BCTHW, context):
+            affine = self.norm2.affine(h_BCTHW, z_BZthw, context)  # type: ignore[arg-type]
+            return fast.norm_conv_skip(affine, self, h_BCTHW, x_BCTHW, context)
         h_BCTHW = norm_conv(self.norm2, self.conv2, h_BCTHW, z_BZthw, context)
         skipped = x_BCTHW if self.shortcut is None else pointwise(self.shortcut, x_BCTHW)
         return h_BCTHW + skipped if torch.is_grad_enabled() else h_BCTHW.add_(skipped)

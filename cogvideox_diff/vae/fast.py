@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 STRIP_BYTES = {"cpu": 2**25}  # of a strip's buffer, by device
 OTHER_STRIP_BYTES = 2**27
 WINOGRAD_STRIP_BYTES = 2**23  # what is made of it should stay in the cache
+HALF_BY_WINOGRAD_ONLY = ("cpu",)  # devices where other strips of half precision are slower than plain layers
+FEWEST_PLACES = {torch.float32: 4}  # per channel, for Winograd's algorithm; half precision's own is quicker
+OTHER_FEWEST_PLACES = 40
 FEW_KERNELS = 4  # their products pay where a convolution would fill its lanes with zeros
 BLOCKS = {"cpu": 2**18}  # values of which statistics are taken at once; the CPU's stay in its cache
 OTHER_BLOCK = 2**25
@@ -42,13 +45,25 @@ OTHER_BLOCK = 2**25
 Affine = tuple[Tensor, Tensor]  # scale and shift [B, T or 1, h, w, C] in float32
 
 
-def applies(x_BCTHW: Tensor, context: ClipContext) -> bool:
-    """Whether the plain layers may be left: without gradients, autocast and other processes; float64 takes
-    no path of its own."""
+def applies(conv: CausalConv3d, x_BCTHW: Tensor, context: ClipContext) -> bool:
+    """Whether the plain layers may be left, without gradients, autocast and other processes, and where it
+    pays: float64 takes no path of its own, and half precision on the CPU only Winograd's, since the library's
+    own convolution is quicker with a border that it adds itself."""
     if torch.is_grad_enabled() or type(context) is not ClipContext or x_BCTHW.dtype == torch.float64:
         return False
     kind = x_BCTHW.device.type
+    half = x_BCTHW.dtype != torch.float32
+    if half and kind in HALF_BY_WINOGRAD_ONLY and not winograd_pays(conv.conv, x_BCTHW):
+        return False
     return kind == "meta" or not torch.is_autocast_enabled(kind)
+
+
+def winograd_pays(conv: nn.Conv3d, x_BCTHW: Tensor) -> bool:
+    """On the CPU, for wide layers whose kernel need not be transformed for too few places."""
+    fewest = FEWEST_PLACES.get(x_BCTHW.dtype, OTHER_FEWEST_PLACES)
+    widths = conv.in_channels, conv.out_channels
+    enough = x_BCTHW.shape[2:].numel() >= fewest * max(widths)
+    return x_BCTHW.device.type == "cpu" and min(widths) >= 32 and enough
 
 
 def norm_affine(norm: nn.GroupNorm, x_BTHWC: Tensor) -> Affine:
@@ -90,13 +105,12 @@ def norm_conv(affine: Affine, conv: CausalConv3d, x_BCTHW: Tensor, context: Clip
     return out_BTHWO.movedim(-1, 1)
 
 
-def res_block(block: ResBlock, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
-    """What `block` does, in the place of its input, or of what is between its convolutions where the number
-    of channels changes: with the input's, memory for one tensor more is all that it takes."""
-    x_BCTHW = channels_last(x_BCTHW).movedim(-1, 1)
-    h_BCTHW = norm_conv(block.norm1.affine(x_BCTHW, z_BZthw, context), block.conv1, x_BCTHW, context)
-    affine = block.norm2.affine(h_BCTHW, z_BZthw, context)
-    x_BTHWC, h_BTHWO = x_BCTHW.movedim(1, -1), h_BCTHW.movedim(1, -1)
+def norm_conv_skip(
+    affine: Affine, block: ResBlock, h_BCTHW: Tensor, x_BCTHW: Tensor, context: ClipContext
+) -> Tensor:
+    """`norm_conv` of `h` by the second convolution of `block`, plus the block's input `x`: in the place of
+    `x`, or of `h` where the number of channels changes. One of the two is used up."""
+    x_BTHWC, h_BTHWO = channels_last(x_BCTHW), channels_last(h_BCTHW)
     out_BTHWO = x_BTHWC if block.shortcut is None else h_BTHWO
     for strip in _convolved(affine, block.conv2, h_BTHWO, out_BTHWO, context):
         strip.put(add=block.shortcut is None)
@@ -138,10 +152,12 @@ def _convolved(
 ) -> Iterator[Strip]:
     """The strips of all clips, to be convolved one by one; keeps the last frames for the next piece."""
     history = context.histories.get(conv)
+    history = None if history is None else history.movedim(1, -1)
     later = history  # its rows are replaced when the strip that is made of them is there
     if context.keep and history is None:
         later = x_BTHWC.new_empty(len(x_BTHWC), 2, *x_BTHWC.shape[2:])
-    kernel = _winograd_kernel(conv.conv, x_BTHWC)
+    pays = winograd_pays(conv.conv, x_BTHWC.movedim(-1, 1))
+    kernel = winograd.transform_kernel(conv.conv.weight) if pays else None
     for b, x_THWC in enumerate(x_BTHWC):
         before = None if history is None else history[b]
         for rows, x_TRWC in _strips(x_THWC, (affine[0][b], affine[1][b]), before, aligned=kernel is not None):
@@ -151,21 +167,12 @@ def _convolved(
             out_TRWO = out_BTHWO[b, :, rows]
             yield Strip(clip=b, rows=rows, x=x_TRWC, conv=conv.conv, kernel=kernel, out=out_TRWO)
     if context.keep and later is not None:
-        context.histories[conv] = later
+        context.histories[conv] = later.movedim(-1, 1)
 
 
 def channels_last(x_BCTHW: Tensor) -> Tensor:
     """[B, T, H, W, C], contiguous."""
     return x_BCTHW.movedim(1, -1).contiguous()
-
-
-def _winograd_kernel(conv: nn.Conv3d, x_BTHWC: Tensor) -> Tensor | None:
-    """The transformed kernel where it pays: it costs about as much as convolving 4 C places."""
-    most = max(conv.in_channels, conv.out_channels)
-    wide = min(conv.in_channels, conv.out_channels) >= 32
-    if x_BTHWC.device.type != "cpu" or not wide or x_BTHWC.shape[1:4].numel() < 4 * most:
-        return None
-    return winograd.transform_kernel(conv.weight)
 
 
 def _strips(

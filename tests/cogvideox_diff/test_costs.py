@@ -128,7 +128,8 @@ def work_of(config: CogVideoXConfig, stage: str, plan: Plan, *, tiled: bool = Fa
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Winograd's algorithm and in a GPU's strips."""
-    monkeypatch.setattr(fast, "_winograd_kernel", lambda conv, x: None)
+    monkeypatch.setattr(fast, "winograd_pays", lambda conv, x: False)
+    monkeypatch.setattr(fast, "HALF_BY_WINOGRAD_ONLY", ())
     monkeypatch.setattr(fast, "STRIP_BYTES", {})
     monkeypatch.setattr(fast, "BLOCKS", {})
 

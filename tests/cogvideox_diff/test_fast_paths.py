@@ -17,7 +17,7 @@ from cogvideox_diff.memory import native_plan, stage_needs
 from cogvideox_diff.transformer import Attention, ExpertTransformer
 from cogvideox_diff.vae import blocks, fast, winograd
 from cogvideox_diff.vae.autoencoder import CausalVAE
-from cogvideox_diff.vae.causal_conv import ClipContext, conv_by_taps
+from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, conv_by_taps
 from shared.cpu_linear import apply_linear, quick_linear
 from shared.memory import peak_bytes
 
@@ -142,13 +142,21 @@ def vae() -> CausalVAE:
 
 
 @pytest.mark.parametrize("strip", [2**12, 2**30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "kernels"),
+    [(torch.float32, "own"), (torch.float32, "plain"), (torch.bfloat16, "own"), (torch.bfloat16, "plain")],
+)
 def test_vae_without_gradients(
-    vae: CausalVAE, dtype: torch.dtype, strip: int, monkeypatch: pytest.MonkeyPatch
+    vae: CausalVAE, dtype: torch.dtype, kernels: str, strip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two clips in several pieces; sides that are no multiple of a tile; narrow strips and whole frames."""
+    """Two clips in several pieces; sides that are no multiple of a tile; narrow strips and whole frames;
+    Winograd's kernels where they pay, and as on a GPU."""
+    if kernels == "plain":
+        monkeypatch.setattr(fast, "winograd_pays", lambda conv, x: False)
+        monkeypatch.setattr(fast, "HALF_BY_WINOGRAD_ONLY", ())
     monkeypatch.setitem(fast.STRIP_BYTES, "cpu", strip)
     monkeypatch.setattr(fast, "WINOGRAD_STRIP_BYTES", strip)
+    monkeypatch.setattr(fast, "OTHER_FEWEST_PLACES", 4)
     monkeypatch.setattr(blocks, "FRAMES_BYTES", strip)
     net, exact_net = copy.deepcopy(vae).to(dtype), copy.deepcopy(vae).double()
     z, pixels = torch.randn(2, 4, 5, 3, 5), torch.rand(2, 3, 17, 24, 40) * 2 - 1
@@ -164,7 +172,8 @@ def test_vae_without_gradients(
 @pytest.mark.parametrize("way", ["decode", "encode"])
 def test_planned_memory_is_what_is_taken(vae: CausalVAE, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is made on the meta device, as a GPU computes; here the CPU computes so too."""
-    monkeypatch.setattr(fast, "_winograd_kernel", lambda conv, x: None)
+    monkeypatch.setattr(fast, "winograd_pays", lambda conv, x: False)
+    monkeypatch.setattr(fast, "HALF_BY_WINOGRAD_ONLY", ())
     for module, name in ((fast, "STRIP_BYTES"), (fast, "BLOCKS")):
         monkeypatch.setattr(module, name, {})
     for name in ("OTHER_STRIP_BYTES", "OTHER_BLOCK"):
@@ -188,11 +197,13 @@ def test_who_takes_the_quick_form(vae: CausalVAE) -> None:
     class Other(ClipContext):
         pass
 
-    x = torch.zeros(1, 4, 1, 2, 2)
-    assert not fast.applies(x, ClipContext())
+    conv, x = CausalConv3d(32, 32), torch.zeros(1, 32, 1, 16, 16)
+    assert not fast.applies(conv, x, ClipContext())
     with torch.no_grad():
-        assert fast.applies(x, ClipContext())
-        assert not fast.applies(x, Other())
-        assert not fast.applies(x.double(), ClipContext())
+        assert fast.applies(conv, x, ClipContext())
+        assert not fast.applies(conv, x, Other())
+        assert not fast.applies(conv, x.double(), ClipContext())
+        assert not fast.applies(conv, x.bfloat16(), ClipContext())
+        assert fast.applies(conv, torch.zeros(1, 32, 5, 16, 16).bfloat16(), ClipContext())
         with torch.autocast("cpu", torch.bfloat16):
-            assert not fast.applies(x, ClipContext())
+            assert not fast.applies(conv, x, ClipContext())
