@@ -33,7 +33,7 @@ from shared.errors import (
     UserError,
     WeightsError,
 )
-from shared.files import write_json
+from shared.files import remove_leftovers, write_json
 from shared.json_files import parse_json, read_object, shaped
 from shared.runtime import check_workers
 
@@ -303,7 +303,8 @@ def write_index(
     skipped: Sequence[Mapping[str, Any]],
     shards: Mapping[str, Shards],
 ) -> dict[str, Any]:
-    """Write FOLDER/index.json, then remove the shards (of the parts in `shards`) that it does not name."""
+    """Write FOLDER/index.json, then remove the shards (of the parts in `shards`) that it does not name, and what
+    killed processes left half-written."""
     content = {
         "format": FORMAT,
         "kind": kind,
@@ -314,8 +315,10 @@ def write_index(
         "skipped": list(skipped),
         "clips": list(clips),
     }
+    remove_leftovers(folder)
     write_json(folder / INDEX, content)
     for part, of in shards.items():
+        remove_leftovers(folder / part)
         for path in (folder / part).glob(f"*{SUFFIX}"):
             if path.stem not in of.names:
                 path.unlink()

@@ -170,7 +170,7 @@ def test_numbers_that_are_not_finite_name_their_module(small: Parts):
     parts = with_super_resolution(small)
     assert parts.super_resolution is not None
     parts.super_resolution.blocks[1].mlp.up.weight.data[0, 0] = float("nan")
-    with pytest.raises(OutputCheckError, match=r"^blocks\.1\.mlp\.up: .*NaN"):
+    with pytest.raises(OutputCheckError, match=r"^super_resolution\.blocks\.1\.mlp\.up: .*NaN"):
         CogVideoPipeline(parts)(PROMPT, num_frames=5)
 
 
