@@ -74,7 +74,7 @@ def test_numbers_of_threads_agree(family: Family) -> None:
     pipe, before = pipeline(family), torch.get_num_threads()
     found = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2):
             torch.set_num_threads(threads)
             found.append(pipe.generate(GenerationRequest(prompt=PROMPT, seed=2)).video.frames)
     finally:

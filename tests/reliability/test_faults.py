@@ -104,6 +104,23 @@ def test_every_verdict_can_be_bad(faults: ModuleType, campaign: Any) -> None:
     assert len(verdict.wrong) == 4
 
 
+def test_figures_of_several_campaigns_as_a_table(
+    faults: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"kind": "kills", "scenario": GENERATE, "hits": {"SIGINT": 3, "SIGKILL": 1}, "wrong": []}
+    other = {
+        "kind": "full_disk",
+        "scenario": GENERATE,
+        "hits": {"disk full": 1},
+        "wrong": ["lost: a.mp4: missing"],
+    }
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(json.dumps({"rows": [row, other]}))
+    assert faults.main(["--table", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "| disk full | 2 | 2 | 0 | 0 |" in said and f"8 in all: {GENERATE} 8." in said
+
+
 # ---- what the faults found, each by itself
 
 

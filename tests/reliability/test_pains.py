@@ -58,7 +58,7 @@ def test_float16_is_refused_for_a_model_of_bfloat16(cogvideox: Family, tmp_path:
 # ---- 2 and 3: counts and sizes
 
 
-@pytest.mark.parametrize("count", [2, 4, 10, 13, 16, 50])
+@pytest.mark.parametrize("count", [4, 13, 50])
 def test_a_count_of_frames_is_made_or_refused_with_the_nearest(
     family: Family, count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +149,7 @@ def test_float32_is_float32_and_every_setting_is_told(family: Family, tmp_path: 
 # ---- 14 and 6: names of folders, and where one stands
 
 
-@pytest.mark.parametrize("name", ["CogVideoX-5B-I2V-1.5", "int8 fp16", "\u6a21\u578b", "x.mp4"])
+@pytest.mark.parametrize("name", ["CogVideoX-5B-I2V-1.5 int8", "\u6a21\u578b.mp4"])
 def test_a_model_is_known_by_its_content(
     family: Family, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

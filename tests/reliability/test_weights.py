@@ -29,8 +29,10 @@ HOMES = {  # where the first number that is not finite appears
 }
 
 
-@pytest.mark.parametrize(("name", "net"), CASES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "net", "value"),
+    [*((*case, float("nan")) for case in CASES), *((*case, float("inf")) for case in CASES[::3])],
+)
 def test_one_bad_number_ends_with_5_and_names_its_module(
     name: str,
     net: str,
@@ -117,10 +119,14 @@ def test_a_damaged_shard_is_named(cogvideox: Family, tmp_path: Path, capsys) -> 
 LOOKS = {"black": (0.0, -9.0), "white": (0.0, 9.0), "one flat colour": (0.0, 0.0), "saturated": (1e6, 0.0)}
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    ("name", "look"),
+    [*(("cogvideox", look) for look in LOOKS), ("cogvideo", "black"), ("cogvideo", "saturated")],
+)
 def test_a_video_that_shows_nothing_is_flagged(
-    family: Family, look: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, look: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    family: Family = request.getfixturevalue(name)
     net, _, layer = family.last.partition(".")
     weight, bias = LOOKS[look]
 
