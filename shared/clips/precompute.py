@@ -303,8 +303,8 @@ def write_index(
     skipped: Sequence[Mapping[str, Any]],
     shards: Mapping[str, Shards],
 ) -> dict[str, Any]:
-    """Write FOLDER/index.json, then remove the shards (of the parts in `shards`) that it does not name, and what
-    killed processes left half-written."""
+    """Write FOLDER/index.json, then remove the shards (of the parts in `shards`) that it does not name, and
+    what killed processes left half-written."""
     content = {
         "format": FORMAT,
         "kind": kind,
