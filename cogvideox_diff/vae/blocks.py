@@ -23,7 +23,13 @@ def halve_time(x_BCTHW: Tensor, single_frame: bool) -> Tensor:
     first_BCTHW, rest_BCTHW = x_BCTHW.tensor_split([int(single_frame)], dim=2)
     num_pairs = rest_BCTHW.shape[2] // 2
     even_BCTHW, odd_BCTHW = rest_BCTHW[:, :, : 2 * num_pairs : 2], rest_BCTHW[:, :, 1 : 2 * num_pairs : 2]
-    return torch.cat([first_BCTHW, (even_BCTHW + odd_BCTHW) / 2], dim=2)
+    if torch.is_grad_enabled():
+        return torch.cat([first_BCTHW, (even_BCTHW + odd_BCTHW) / 2], dim=2)
+    size = x_BCTHW.shape[0], int(single_frame) + num_pairs, *x_BCTHW.shape[3:], x_BCTHW.shape[1]
+    halved_BCTHW = x_BCTHW.new_empty(size).movedim(-1, 1)  # channels stay last in memory
+    halved_BCTHW[:, :, : int(single_frame)] = first_BCTHW
+    torch.add(even_BCTHW, odd_BCTHW, out=halved_BCTHW[:, :, int(single_frame) :]).div_(2)
+    return halved_BCTHW
 
 
 def stretch_time(x_BCTHW: Tensor, num_frames: int, single_frame: bool) -> Tensor:
@@ -114,9 +120,14 @@ def norm_conv(
     context: ClipContext,
 ) -> Tensor:
     """Norm, SiLU and causal convolution; without gradients in one (`fast`), which rounds otherwise."""
-    if isinstance(norm, ClipNorm | SpatialNorm) and fast.applies(conv, x_BCTHW, context):
+    if _in_one(norm, conv, x_BCTHW, context):
         return fast.norm_conv(norm.affine(x_BCTHW, z_BZthw, context), conv, x_BCTHW, context)  # type: ignore[arg-type]
     return conv(F.silu(norm(x_BCTHW, z_BZthw, context)), context)
+
+
+def _in_one(norm: nn.Module, conv: CausalConv3d, x_BCTHW: Tensor, context: ClipContext) -> bool:
+    known = isinstance(norm, ClipNorm | SpatialNorm)
+    return known and fast.applies(conv, x_BCTHW, context, modulated=isinstance(norm, SpatialNorm))
 
 
 class ResBlock(nn.Module):
@@ -133,7 +144,7 @@ class ResBlock(nn.Module):
     def forward(self, x_BCTHW: Tensor, z_BZthw: Tensor | None, context: ClipContext) -> Tensor:
         """Without gradients the input may be used up."""
         h_BCTHW = norm_conv(self.norm1, self.conv1, x_BCTHW, z_BZthw, context)
-        if isinstance(self.norm2, ClipNorm | SpatialNorm) and fast.applies(self.conv2, h_BCTHW, context):
+        if _in_one(self.norm2, self.conv2, h_BCTHW, context):
             affine = self.norm2.affine(h_BCTHW, z_BZthw, context)  # type: ignore[arg-type]
             return fast.norm_conv_skip(affine, self, h_BCTHW, x_BCTHW, context)
         h_BCTHW = norm_conv(self.norm2, self.conv2, h_BCTHW, z_BZthw, context)

@@ -45,16 +45,15 @@ OTHER_BLOCK = 2**25
 Affine = tuple[Tensor, Tensor]  # scale and shift [B, T or 1, h, w, C] in float32
 
 
-def applies(conv: CausalConv3d, x_BCTHW: Tensor, context: ClipContext) -> bool:
+def applies(conv: CausalConv3d, x_BCTHW: Tensor, context: ClipContext, *, modulated: bool) -> bool:
     """Whether the plain layers may be left, without gradients, autocast and other processes, and where it
-    pays: float64 takes no path of its own, and half precision on the CPU only Winograd's, since the library's
-    own convolution is quicker with a border that it adds itself."""
+    pays: float64 takes no path of its own, and half precision on the CPU only Winograd's and where a norm is
+    `modulated` by the latents, whose modulation this makes cheap; else the library's own is as quick."""
     if torch.is_grad_enabled() or type(context) is not ClipContext or x_BCTHW.dtype == torch.float64:
         return False
     kind = x_BCTHW.device.type
-    half = x_BCTHW.dtype != torch.float32
-    if half and kind in HALF_BY_WINOGRAD_ONLY and not winograd_pays(conv.conv, x_BCTHW):
-        return False
+    if x_BCTHW.dtype != torch.float32 and kind in HALF_BY_WINOGRAD_ONLY:
+        return modulated and winograd_pays(conv.conv, x_BCTHW) and not torch.is_autocast_enabled(kind)
     return kind == "meta" or not torch.is_autocast_enabled(kind)
 
 

@@ -165,7 +165,8 @@ def test_vae_without_gradients(
         plain = run(net, x.to(dtype)).detach()
         with torch.no_grad():
             quick = run(net, x.to(dtype))
-        assert not torch.equal(quick, plain), "the quick form was not taken"
+        encodes_half = x is pixels and dtype == torch.bfloat16 and kernels == "own"
+        assert encodes_half or not torch.equal(quick, plain), "the quick form was not taken"
         assert error(quick, exact) < (4e-6 if dtype == torch.float32 else 1.2 * error(plain, exact))
 
 
@@ -198,12 +199,15 @@ def test_who_takes_the_quick_form(vae: CausalVAE) -> None:
         pass
 
     conv, x = CausalConv3d(32, 32), torch.zeros(1, 32, 1, 16, 16)
-    assert not fast.applies(conv, x, ClipContext())
+    assert not fast.applies(conv, x, ClipContext(), modulated=True)
     with torch.no_grad():
-        assert fast.applies(conv, x, ClipContext())
-        assert not fast.applies(conv, x, Other())
-        assert not fast.applies(conv, x.double(), ClipContext())
-        assert not fast.applies(conv, x.bfloat16(), ClipContext())
-        assert fast.applies(conv, torch.zeros(1, 32, 5, 16, 16).bfloat16(), ClipContext())
+        assert fast.applies(conv, x, ClipContext(), modulated=True)
+        assert not fast.applies(conv, x, Other(), modulated=True)
+        assert not fast.applies(conv, x.double(), ClipContext(), modulated=True)
+        assert not fast.applies(conv, x.bfloat16(), ClipContext(), modulated=True)
+        assert fast.applies(conv, torch.zeros(1, 32, 5, 16, 16).bfloat16(), ClipContext(), modulated=True)
+        assert not fast.applies(
+            conv, torch.zeros(1, 32, 5, 16, 16).bfloat16(), ClipContext(), modulated=False
+        )
         with torch.autocast("cpu", torch.bfloat16):
-            assert not fast.applies(conv, x, ClipContext())
+            assert not fast.applies(conv, x, ClipContext(), modulated=True)
