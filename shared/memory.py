@@ -28,6 +28,7 @@ SIGNS = (  # in the words of torch's allocators and libraries
     "cannot allocate memory",
     "failed to map segment from shared object",
     "bad_alloc",
+    "could not create a primitive",  # oneDNN, which says no more
     "can't start new thread",
     "Resource temporarily unavailable",  # of threads too
     "CUBLAS_STATUS_ALLOC_FAILED",

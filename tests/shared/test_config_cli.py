@@ -161,6 +161,7 @@ ENDINGS = [
     (OSError(12, "Cannot allocate memory"), 4, "out of memory"),
     (ImportError("x.so: failed to map segment from shared object"), 4, "out of memory"),
     (RuntimeError("can't start new thread"), 4, "out of memory"),
+    (RuntimeError("could not create a primitive"), 4, "out of memory"),
     (RuntimeError("Resource temporarily unavailable"), 4, "out of memory"),
     (SystemError("error return without exception set"), 4, "for lack of memory"),
     (OSError(28, "No space left on device", "a.mp4"), 2, "No space left on device: a.mp4"),
