@@ -5,8 +5,10 @@ Shapes: B batch, C channels, T frames, H/W rows/columns of the pixels; Z, t, h, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +89,7 @@ class Encoder(nn.Module):
     def forward(self, x_BCTHW: Tensor, context: ClipContext) -> Tensor:
         x_BCTHW = x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
         x_BCTHW = self.conv_in(x_BCTHW, context)
-        for level in self.levels:
+        for level in cast("Iterable[EncoderLevel]", self.levels):
             for block in level.blocks:
                 x_BCTHW = block(x_BCTHW, None, context)
             if level.downsample is not None:
@@ -140,7 +142,7 @@ class Decoder(nn.Module):
         x_BCTHW = self.conv_in(z_BZthw, context)
         for block in self.middle:
             x_BCTHW = block(x_BCTHW, z_BZthw, context)
-        for level in self.levels:
+        for level in cast("Iterable[DecoderLevel]", self.levels):
             for block in level.blocks:
                 x_BCTHW = block(x_BCTHW, z_BZthw, context)
             if level.upsample is not None:
