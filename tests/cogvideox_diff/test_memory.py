@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,14 @@ def test_the_text_encoder_is_given_back_and_read_again(folder: Path, tmp_path: P
     pipe = CogVideoXPipeline.from_pretrained(folder, device="cpu")
     wanted = pipe(PROMPT, output_type="latent"), pipe("a blue square", output_type="latent")
     lean = force(CogVideoXPipeline.from_pretrained(folder, device="cpu"), "sequential")
-    assert torch.equal(lean(PROMPT, output_type="latent"), wanted[0])
+    # To rounding: CPU products round by where a weight begins, which is elsewhere when it is read again.
+    same = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)
+    same(lean(PROMPT, output_type="latent"), wanted[0])
     assert all(x.is_meta for x in lean.parts.text_encoder.parameters())
-    assert torch.equal(lean(PROMPT, output_type="latent"), wanted[0])
-    assert torch.equal(lean("a blue square", output_type="latent"), wanted[1])
+    same(lean(PROMPT, output_type="latent"), wanted[0])
+    same(lean("a blue square", output_type="latent"), wanted[1])
     again = CogVideoXPipeline.from_pretrained(lean.save_pretrained(tmp_path / "saved"), device="cpu")
-    assert torch.equal(again(PROMPT, output_type="latent"), wanted[0])
+    same(again(PROMPT, output_type="latent"), wanted[0])
 
 
 def test_prompts_prepared_ahead_need_the_encoder_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
