@@ -67,7 +67,9 @@ def test_the_demo_model_interpolates(example: ModuleType, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("num_prompts", "least"), [(8, 0.85), pytest.param(32, 0.9, marks=pytest.mark.slow)], ids=["few", "all"]
+    ("num_prompts", "least"),
+    [(8, 0.85), pytest.param(32, 0.9, marks=[pytest.mark.slow, pytest.mark.campaign])],
+    ids=["few", "all"],
 )
 def test_motion_lies_between_its_neighbours(example: ModuleType, num_prompts: int, least: float):
     """The demo model, 5 to 33 frames. All 32 prompts give the figure of docs/cogvideo.md."""

@@ -60,6 +60,7 @@ def test_after_a_fault_the_same_command_ends_as_if_nothing_had_been(
     assert verdict.wrong == [], f"seed {seed}, hits {verdict.hits}"
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 def test_a_campaign_over_all_verbs_loses_nothing_and_goes_on_where_it_was(
     faults: ModuleType, tmp_path: Path
@@ -70,6 +71,7 @@ def test_a_campaign_over_all_verbs_loses_nothing_and_goes_on_where_it_was(
     assert result["summary"]["wrong"] == 0, [row for row in result["rows"] if row["wrong"]]
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["generate, CogVideo", "convert, CogVideoX", "precompute, CogVideoX"])
 def test_killed_before_every_single_file_operation(scenario: str, faults: ModuleType, campaign: Any) -> None:

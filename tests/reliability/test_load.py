@@ -87,6 +87,7 @@ def growth(family: Family, folder: Path, count: int) -> float:
     return slope * len(kept) / float(kept.mean())
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 def test_five_hundred_prompts_leave_memory_flat(family: Family, tmp_path: Path) -> None:
     assert growth(family, tmp_path, COUNT) < MOST_GROWTH
