@@ -2,8 +2,8 @@
 
 Three cuts, each equal to one process up to rounding in float32 and for inference only:
 - guidance: the rows of the transformer's batch, so that each half of classifier-free guidance has its ranks;
-- sequence: the video tokens between the blocks and the heads inside attention (DeepSpeed-Ulysses,
-  arXiv 2309.14509), with the text tokens on every rank;
+- sequence: the tokens, text and then video, between the blocks and the heads inside attention
+  (DeepSpeed-Ulysses, arXiv 2309.14509);
 - clip: the frames or pieces of the VAE, whose convolutions hand frames to the next rank (upstream:
   `sat/vae_modules/cp_enc_dec.py`).
 
@@ -68,39 +68,35 @@ class InferenceGroups:
 
 
 class UlyssesAttention:
-    """An `attend` over tokens that are spread over ranks: q, k, v [B, N, L + own V, D] -> the same shape.
+    """An `attend` over tokens that are spread over ranks: q, k, v [B, N, own S, D] -> the same shape.
 
-    Each rank trades its video tokens of the other ranks' heads for all video tokens of its own heads. Text is
-    on every rank, so its q, k, v need no exchange; its result rides with each rank's video tokens on the way
-    back. Neither tokens nor heads must divide: 30 heads on 4 ranks are 8, 8, 7 and 7.
+    Each rank trades its tokens of the other ranks' heads for all tokens of its own heads, and back. Neither
+    tokens nor heads must divide: 30 heads on 4 ranks are 8, 8, 7 and 7.
     """
 
     def __init__(self, context: ParallelContext, kernel: Attend = quick_attend) -> None:
         self.context, self.kernel = context, kernel
-        self.video_sizes: Sequence[int] = ()  # video tokens of each rank; whoever cuts the tokens sets it
+        self.sizes: Sequence[int] = ()  # tokens of each rank; whoever cuts the tokens sets it
 
     def __call__(self, q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
-        rank, videos = self.context.rank, self.video_sizes
+        rank, sizes = self.context.rank, self.sizes
         batch, num_heads, length, dim = q_BNSD.shape
-        text_len = length - videos[rank]
         heads = part_sizes(num_heads, self.context.degree)
 
-        text, video = torch.stack([q_BNSD, k_BNSD, v_BNSD]).split([text_len, videos[rank]], dim=3)
-        shapes = [(3, batch, heads[rank], tokens, dim) for tokens in videos]
-        received = all_to_all(video.split(heads, dim=2), shapes, self.context)
-        own_text = text.split(heads, dim=2)[rank]
-        out_BnSD = self.kernel(*torch.cat([own_text, *received], dim=3))  # own heads, all tokens
+        cuts = zip(*(x.split(heads, dim=1) for x in (q_BNSD, k_BNSD, v_BNSD)), strict=True)
+        shapes = [(3, batch, heads[rank], tokens, dim) for tokens in sizes]
+        received = all_to_all([torch.stack(cut) for cut in cuts], shapes, self.context)
+        out_BnSD = self.kernel(*torch.cat(received, dim=3))  # own heads, all tokens
 
-        text, *parts = out_BnSD.split([text_len, *videos], dim=2)
         shapes = [(batch, count, length, dim) for count in heads]
-        received = all_to_all([torch.cat([text, part], dim=2) for part in parts], shapes, self.context)
+        received = all_to_all(out_BnSD.split(list(sizes), dim=2), shapes, self.context)
         return torch.cat(received, dim=1)
 
 
 class ParallelTransformer(ExpertTransformer):
     """An `ExpertTransformer` that every rank calls with the same inputs; each gets the whole result.
 
-    The rows of the batch are shared in the group `guidance`, the video tokens in the group `sequence`.
+    The rows of the batch are shared in the group `guidance`, their tokens in the group `sequence`.
     """
 
     def __init__(
@@ -140,29 +136,39 @@ class ParallelTransformer(ExpertTransformer):
         return torch.cat(gather_parts(v, self.guidance, [(count, *v.shape[1:]) for count in rows]))
 
     def run_rows(self, latents: Tensor, text: Tensor, timesteps: Tensor, ofs: Tensor | None) -> Tensor:
-        """The forward pass of these rows, their video tokens shared in the group `sequence`."""
-        grid = self.grid_of(latents, text)
+        """The forward pass of these rows, their tokens shared in the group `sequence`."""
+        grid, rank = self.grid_of(latents, text), self.sequence.rank
         emb_BE = self.embed_time(timesteps, ofs)
         text_BLD, video_BVD = self.embed(latents, text, grid)
         num_tokens, text_len = video_BVD.shape[1], text_BLD.shape[1]
         check_degree(f"sequence of {num_tokens} video tokens", self.sequence.degree, range(1, num_tokens + 1))
-        sizes = part_sizes(num_tokens, self.sequence.degree)
-        rope = cut_rope(self.rope(grid, text_len, latents.device), text_len, sizes, self.sequence.rank)
+        cuts = cut_tokens(text_len, num_tokens, self.sequence.degree)
+        rope = cut_rope(self.rope(grid, text_len, latents.device), cuts, rank)
 
-        self.ulysses.video_sizes = sizes
-        video_BVD = video_BVD.split(sizes, dim=1)[self.sequence.rank]
-        _, video_BVD = self.run_blocks(text_BLD, video_BVD, emb_BE, rope)
-        patches = self.head(video_BVD, emb_BE)
-        shapes = [(len(patches), size, patches.shape[2]) for size in sizes]
+        self.ulysses.sizes = [sum(cut) for cut in cuts]
+        texts, videos = zip(*cuts, strict=True)
+        own_text, own_video = text_BLD.split(texts, dim=1)[rank], video_BVD.split(videos, dim=1)[rank]
+        _, own_video = self.run_blocks(own_text, own_video, emb_BE, rope)
+        patches = self.head(own_video, emb_BE)
+        shapes = [(len(patches), size, patches.shape[2]) for size in videos]
         whole = torch.cat(gather_parts(patches, self.sequence, shapes), dim=1)
         return unpatchify(whole, grid, self.config.patch_size)
 
 
-def cut_rope(rope: Rope | None, text_len: int, sizes: Sequence[int], rank: int) -> Rope | None:
-    """The rows [L + own V, D/2] of (cos, sin) [S, D/2]: those of the text and of this rank's video tokens."""
+def cut_tokens(text_len: int, num_video: int, degree: int) -> list[tuple[int, int]]:
+    """How many tokens (of the text, of the video) each rank has of the joint sequence, cut equally."""
+    cuts, left = [], text_len
+    for size in part_sizes(text_len + num_video, degree):
+        cuts.append((min(size, left), size - min(size, left)))
+        left -= cuts[-1][0]
+    return cuts
+
+
+def cut_rope(rope: Rope | None, cuts: Sequence[tuple[int, int]], rank: int) -> Rope | None:
+    """The rows [own S, D/2] of (cos, sin) [S, D/2] for this rank's tokens."""
     if rope is None:
         return None
-    cos, sin = (torch.cat([x[:text_len], x[text_len:].split(list(sizes))[rank]]) for x in rope)
+    cos, sin = (x.split([sum(cut) for cut in cuts])[rank] for x in rope)
     return cos, sin
 
 

@@ -222,9 +222,9 @@ def _work(folder: str, rank: int, guidance: int, repeats: int) -> None:
 def on_one_of(
     parts: Iterable[Part], config: TransformerConfig, grid: tuple[int, int, int], degree: int
 ) -> list[Part]:
-    """The work of the busiest of `degree` ranks that share the tokens (text excepted) and the heads."""
-    video = math.prod(grid)
-    tokens = (config.text_len + math.ceil(video / degree)) / (config.text_len + video)
+    """The work of the busiest of `degree` ranks that share the tokens and the heads."""
+    length = config.text_len + math.prod(grid)
+    tokens = math.ceil(length / degree) / length
     heads = math.ceil(config.num_heads / degree) / config.num_heads
     shares = {"attention": heads}
     return [
@@ -238,11 +238,11 @@ def on_one_of(
 
 
 def exchange_seconds(config: TransformerConfig, grid: tuple[int, int, int], degree: int) -> float:
-    """Of a step's all-to-alls of one row: q, k and v there, the result with the text's back."""
+    """Of a step's all-to-alls of one row: q, k and v there, the result back."""
     if degree == 1:
         return 0.0
-    own = math.prod(grid) / degree
-    sent = config.num_layers * config.hidden_dim * 2 * (4 * own + config.text_len) * (degree - 1) / degree
+    own = (config.text_len + math.prod(grid)) / degree
+    sent = config.num_layers * config.hidden_dim * 2 * 4 * own * (degree - 1) / degree
     outside = max(0, degree - NODE_GPUS) / (degree - 1)  # of the partners
     return sent * ((1 - outside) / NODE_LINK + outside / NET_LINK)
 

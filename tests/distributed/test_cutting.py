@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogvideox_diff.parallel import InferenceGroups, cut_rope, deal_back, frame_sizes
+from cogvideox_diff.parallel import InferenceGroups, cut_rope, cut_tokens, deal_back, frame_sizes
 from cogvideox_diff.vae.causal_conv import chunk_bounds
 from shared.distributed import (
     Launch,
@@ -92,11 +92,19 @@ def test_too_many_ranks_for_a_clip() -> None:
 
 def test_rope_of_each_rank() -> None:
     rope = torch.randn(9, 2), torch.randn(9, 2)  # 2 text tokens, then 7 of the video
-    parts = [cut_rope(rope, 2, (4, 3), rank) for rank in range(2)]
+    parts = [cut_rope(rope, cut_tokens(2, 7, 2), rank) for rank in range(2)]
     for whole, first, second in zip(rope, *parts, strict=True):  # type: ignore[arg-type]
-        assert torch.equal(first[:2], whole[:2]) and torch.equal(second[:2], whole[:2])
-        assert torch.equal(torch.cat([first[2:], second[2:]]), whole[2:])
-    assert cut_rope(None, 2, (4, 3), 0) is None
+        assert torch.equal(torch.cat([first, second]), whole)
+    assert cut_rope(None, cut_tokens(2, 7, 2), 0) is None
+
+
+@given(text=st.integers(0, 30), video=st.integers(1, 60), degree=st.integers(1, 8))
+def test_tokens_of_each_rank(text: int, video: int, degree: int) -> None:
+    """Equal numbers in all, the text first and whole."""
+    cuts = cut_tokens(text, video, degree)
+    assert [sum(cut) for cut in cuts] == list(part_sizes(text + video, degree))
+    assert (sum(t for t, _ in cuts), sum(v for _, v in cuts)) == (text, video)
+    assert all(v == 0 or rest == 0 for (_, v), (rest, _) in pairwise(cuts))
 
 
 @given(num_frames=st.integers(4, 40), degree=st.integers(2, 6), stretch=st.sampled_from([1, 4]))

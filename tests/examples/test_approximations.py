@@ -120,7 +120,7 @@ def test_ranks_together_do_all_the_work(code: SimpleNamespace) -> None:
     assert total_flops(code.scaling.on_one_of(parts, config, grid, 1)) == whole
     for degree in (2, 4, 8, 16, 48):
         own = total_flops(code.scaling.on_one_of(parts, config, grid, degree))
-        assert whole / degree < own < 1.2 * whole / degree + 0.03 * whole
+        assert 0.999999 * whole / degree < own < 1.2 * whole / degree + 0.03 * whole
     uneven = code.scaling.on_one_of(
         parts, PRESETS["cogvideox-2b"]().transformer, grid, 4
     )  # 30 heads: 8, 8, 7, 7
@@ -140,9 +140,9 @@ def test_more_gpus_are_quicker_and_never_perfect(code: SimpleNamespace) -> None:
 
 
 def test_exchanges(code: SimpleNamespace) -> None:
-    """By hand: two ranks send half of four thirds of their own tokens' width in every layer."""
+    """By hand: two ranks send half of four times their own tokens' width in every layer."""
     config, grid = code.scaling.NET, (5, 8, 12)
-    sent = config.num_layers * 512 * 2 * (4 * 240 + config.text_len) / 2
+    sent = config.num_layers * 512 * 2 * 4 * (480 + config.text_len) / 2 / 2
     assert code.scaling.exchange_seconds(config, grid, 1) == 0
     assert code.scaling.exchange_seconds(config, grid, 2) == pytest.approx(sent / code.scaling.NODE_LINK)
     inside, outside = (code.scaling.exchange_seconds(config, grid, n) for n in (8, 16))
