@@ -560,7 +560,8 @@ class Campaign:
             verdict.hit("out of memory")
             # the C library itself ends a process that has no room for a thread's data
             no_thread = ended.code == 127 and "thread-local data" in ended.said
-            self.look(verdict, ended, "out of memory", [127] if no_thread else [4])
+            # 7: of several videos one was too large, the next found room again
+            self.look(verdict, ended, "out of memory", [127] if no_thread else [4, 7])
         self.finish(verdict, scenario)
         return verdict
 
