@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from shared.checkpoints import load_metadata, load_tensors, open_safetensors, save_tensors
 from shared.clips.dataset import Clip, Extent, content_key, probe
+from shared.clips.workers import started
 from shared.config_io import check_type
 from shared.errors import (
     BatchError,
@@ -284,7 +285,8 @@ def _mapped(values: Sequence[T], work: Callable[[T], Any], num_workers: int) -> 
     """`work` of every value, in order; with workers, ahead of need."""
     if check_workers(num_workers) == 0 or not values:
         return iter(map(work, values))
-    return iter(DataLoader(_Mapped(values, work), batch_size=None, num_workers=num_workers, collate_fn=_same))
+    loader = DataLoader(_Mapped(values, work), batch_size=None, num_workers=num_workers, collate_fn=_same)
+    return started(loader)
 
 
 def _same(value: T) -> T:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shared.clips.buckets import Bucket, assign
 from shared.clips.dataset import Clip, Extent, even_count, even_indices, probe, read_clips, read_frames
+from shared.clips.workers import started
 from shared.errors import BatchError, SettingError, UserError
 from shared.transforms import fit_video
 
@@ -154,7 +155,7 @@ class ClipStream:
                 collate_fn=list,
                 generator=torch.Generator(),  # else the loader draws from the state that training uses
             )
-            self._ahead = iter(loader)
+            self._ahead = started(loader)
         self._next = step + self.stride
         try:
             return next(self._ahead)
