@@ -65,6 +65,12 @@ ELSEWHERE = {
     "cogvideo-ar generate --prompt 'a red circle moving left' --quantize": (
         "tests/cogvideo_ar/test_quantize.py"
     ),
+    # an hour of training (its number of steps is named), and the model that came of it
+    "cogvideox train --preset demo --stage all --set transformer.steps=3787": (
+        "tests/cogvideox_diff/test_recipe_options.py"
+    ),
+    "cogvideo-bench run docs/examples/equal_compute": "tests/benchmarks/test_cli.py",
+    "cogvideo-bench report out/equal-compute": "tests/benchmarks/test_report.py",
     "cogvideo-bench report out/heldout --feature_files": "tests/benchmarks/test_metrics_nets.py",
 }
 # What the commands of a program and verb get in addition, so that they end soon.
