@@ -26,6 +26,7 @@ from cogvideox_diff.vae.causal_conv import ClipContext, Stage, chunk_bounds, run
 from shared.distributed import (
     ParallelContext,
     all_to_all,
+    all_to_all_stacked,
     check_degree,
     divisors,
     exchange,
@@ -83,9 +84,11 @@ class UlyssesAttention:
         batch, num_heads, length, dim = q_BNSD.shape
         heads = part_sizes(num_heads, self.context.degree)
 
+        if self.context.degree == 1:
+            return self.kernel(q_BNSD, k_BNSD, v_BNSD)
         cuts = zip(*(x.split(heads, dim=1) for x in (q_BNSD, k_BNSD, v_BNSD)), strict=True)
         shapes = [(3, batch, heads[rank], tokens, dim) for tokens in sizes]
-        received = all_to_all([torch.stack(cut) for cut in cuts], shapes, self.context)
+        received = all_to_all_stacked(list(cuts), shapes, self.context)
         out_BnSD = self.kernel(*torch.cat(received, dim=3))  # own heads, all tokens
 
         shapes = [(batch, count, length, dim) for count in heads]

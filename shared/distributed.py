@@ -151,14 +151,26 @@ def started(launch: Launch, backend: Backend = "auto", *, timeout: float = 600) 
 
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Shape], context: ParallelContext) -> list[Tensor]:
     """Send `parts[i]` to rank i and get from it the i-th result, of shape `shapes[i]`. Sizes may differ."""
-    _refuse_gradients(*parts)
     if context.degree == 1:
+        _refuse_gradients(*parts)
         return list(parts)
-    sent = torch.cat([x.flatten() for x in parts])
+    return all_to_all_stacked([(part,) for part in parts], shapes, context)
+
+
+def all_to_all_stacked(
+    parts: Sequence[Sequence[Tensor]], shapes: Sequence[Shape], context: ParallelContext
+) -> list[Tensor]:
+    """As `all_to_all` with several tensors for each rank, one behind the other; each is copied once."""
+    tensors = [x for part in parts for x in part]
+    _refuse_gradients(*tensors)
+    sent = tensors[0].new_empty(sum(x.numel() for x in tensors))
+    for x, room in zip(tensors, sent.split([x.numel() for x in tensors]), strict=True):
+        room.view(x.shape).copy_(x)
     sizes = [torch.Size(shape).numel() for shape in shapes]
     received = sent.new_empty(sum(sizes))
     # the single-tensor form is the one that gloo has always had, with uneven sizes as well
-    dist.all_to_all_single(received, sent, sizes, [x.numel() for x in parts], group=context.group)
+    counts = [sum(x.numel() for x in part) for part in parts]
+    dist.all_to_all_single(received, sent, sizes, counts, group=context.group)
     return [x.view(*shape) for x, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
