@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
     sampling, wishes = override_all(folder.config.sampling, options.set), _wishes(options)
     config = replace(folder.config, sampling=sampling)
     plan = resolve(config, wishes)
-    image, video = _frames(options)
+    image, video = _frames(options, plan.num_frames + 1)  # one more tells that there are too many
     translation = _translation(options)
     given = Given(frames=video, fit_size=options.fit_size, translate=translation)
     prefix_of(config, plan, GenerationRequest(prompt="", image=image), given)
@@ -135,8 +135,8 @@ def _wishes(options: argparse.Namespace) -> Options:
     return replace(wishes, rounds=0)
 
 
-def _frames(options: argparse.Namespace) -> tuple[Tensor | None, Video | None]:
-    """The image or the frames that are given, by what the path names."""
+def _frames(options: argparse.Namespace, most: int) -> tuple[Tensor | None, Video | None]:
+    """The image or the frames that are given, by what the path names; of a film at most `most`."""
     from shared.video_io import read_image, read_video
 
     path, count = options.image_or_video_path, options.given_frames
@@ -150,7 +150,7 @@ def _frames(options: argparse.Namespace) -> tuple[Tensor | None, Video | None]:
         return read_image(path), None
     if count is not None and count < 1:
         raise SettingError(f"given_frames must be at least 1, got {count}")
-    video = read_video(path, max_frames=count)
+    video = read_video(path, max_frames=most if count is None else count)
     if count is not None and video.num_frames < count:
         raise SettingError(f"{path} has {video.num_frames} frames, --given_frames asks for {count}")
     return None, video
@@ -192,6 +192,6 @@ def _described(options: argparse.Namespace, image: Tensor | None, video: Video |
     frames = image if image is not None else None if video is None else video.frames
     if frames is None:
         return {}
-    digest = hashlib.sha256(frames.numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(frames.contiguous().numpy()).hexdigest()[:16]
     known = {"path": str(options.image_or_video_path), "fit_size": options.fit_size, "frames_sha256": digest}
     return known if video is None else known | {"given_frames": video.num_frames, "given_fps": video.fps}

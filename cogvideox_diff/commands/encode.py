@@ -54,7 +54,9 @@ def run(options: argparse.Namespace) -> None:
     dtype = folder.trained_dtype if options.dtype is None else parse_dtype(options.dtype)
     check_dtype(folder.trained_dtype, dtype)
     device, config = parse_device(options.device), folder.config.vae
-    video = read_clip(options.input_path, folder.config.geometry.fps)
+    wanted = options.num_frames  # which --fit_frames may exceed, by less than a latent frame
+    most = None if wanted is None else max(wanted, 0) + config.time_factor
+    video = read_clip(options.input_path, folder.config.geometry.fps, most)
     size = clip_size(config, video, num_frames=options.num_frames, height=options.height,
                      width=options.width, fit=options.fit_frames)  # fmt: skip
     vae = load_vae(folder, dtype, device)
@@ -81,14 +83,14 @@ def run(options: argparse.Namespace) -> None:
     say(options, result, [f"{line}, standard deviation {told['std']:.3f}"])
 
 
-def read_clip(path: Path, fps: float) -> Video:
-    """A video file, a folder of frames, or an image as a video of one frame."""
+def read_clip(path: Path, fps: float, max_frames: int | None) -> Video:
+    """The first frames of a video file or of a folder of frames, or an image as a video of one frame."""
     from shared.video import Video
     from shared.video_io import read_image, read_video
 
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return Video(frames=read_image(path)[None], fps=fps)
-    return read_video(path)
+    return read_video(path, max_frames=max_frames)
 
 
 def check_output(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> None:

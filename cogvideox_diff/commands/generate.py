@@ -202,7 +202,9 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
 
     folder = open_folder(options.model_path)
     config = replace(folder.config, sampling=override_all(folder.config.sampling, options.set))
-    image, video = _inputs(options)
+    # of a film no more than tells that it is too long; one that is continued is all in the result
+    most = None if hasattr(options, "num_clips") else config.geometry.max_frames + 1
+    image, video = _inputs(options, most)
     noise = _noise(options, config, video)
     call = _call_settings(options, noise)
     chain = _chain(options, config, call, image, video)
@@ -362,8 +364,9 @@ def _chain(
     return Chain(num_clips=options.num_clips, overlap=options.overlap).checked(config, geometry, start)
 
 
-def _inputs(options: argparse.Namespace) -> tuple[Tensor | None, Video | None]:
-    """The image or the video that is given, by --generate_type or else by what the path names."""
+def _inputs(options: argparse.Namespace, max_frames: int | None) -> tuple[Tensor | None, Video | None]:
+    """The image, or the first frames of the video, that is given: by --generate_type or else by what the path
+    names."""
     from shared.video_io import read_image, read_video
 
     path = options.image_or_video_path
@@ -374,14 +377,14 @@ def _inputs(options: argparse.Namespace) -> tuple[Tensor | None, Video | None]:
     kind = options.generate_type or ("i2v" if path.suffix.lower() in IMAGE_SUFFIXES else "v2v")
     if kind == "t2v":
         raise SettingError("--generate_type t2v takes no --image_or_video_path; legal: i2v, v2v")
-    return (read_image(path), None) if kind == "i2v" else (None, read_video(path))
+    return (read_image(path), None) if kind == "i2v" else (None, read_video(path, max_frames=max_frames))
 
 
 def _described(options: argparse.Namespace, image: Tensor | None, video: Video | None) -> dict[str, Any]:
     frames = image if image is not None else None if video is None else video.frames
     if frames is None:
         return {}
-    digest = hashlib.sha256(frames.numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(frames.contiguous().numpy()).hexdigest()[:16]
     return {"path": str(options.image_or_video_path), "frames_sha256": digest}
 
 

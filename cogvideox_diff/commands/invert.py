@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> None:
         check_output(path, (".mp4",), options.overwrite)
     if options.iterations < 1:
         raise SettingError(f"iterations must be at least 1, got {options.iterations}; nearest: 1")
-    video = read_clip(options.input_path, folder.config.geometry.fps)
+    size = folder.config.geometry
+    video = read_clip(options.input_path, size.fps, size.max_frames + 1)  # one more tells that it is too long
     call = _call_settings(options)
     plan = plan_inversion(folder.config, call, video)
     edited = None

@@ -272,6 +272,7 @@ def test_the_command_begins_with_an_image(parts: Parts, tmp_path: Path, capsys):
     iio.imwrite(tmp_path / "a.png", clip(1, 1.0).frames[0].numpy())
     iio.imwrite(tmp_path / "large.png", torch.zeros(40, 40, 3, dtype=torch.uint8).numpy())
     clip(7, 2.0).save(tmp_path / "given.mkv")
+    clip(40, 2.0).save(tmp_path / "long.mkv")
     common = [
         "generate",
         "--model_path",
@@ -293,6 +294,7 @@ def test_the_command_begins_with_an_image(parts: Parts, tmp_path: Path, capsys):
     for words, reason in (
         ([str(tmp_path / "given.mkv")], "legal: 1, 2, 3, 4, 5; nearest: 5"),
         ([str(tmp_path / "given.mkv"), "--given_frames", "9"], "has 7 frames"),
+        ([str(tmp_path / "long.mkv")], "18 given frames do not end"),  # no more are decoded
         ([str(tmp_path / "large.png")], "legal: 16 x 32"),
         ([str(tmp_path / "large.png"), "--fit_size", "no"], "unknown fit_size 'no'"),
         ([str(tmp_path / "a.png"), "--given_frames", "2"], "is one image"),

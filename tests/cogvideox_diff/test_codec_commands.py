@@ -147,6 +147,34 @@ def test_codec_refusals_come_before_the_weights(
     assert said["exit_code"] == 3, "only now the weights are read"
 
 
+def test_of_a_long_film_only_the_beginning_is_decoded(
+    models: dict[str, Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(*words: Any, **flags: Any) -> Video:
+        video = read_video(*words, **flags)
+        read.append(video.num_frames)
+        return video
+
+    monkeypatch.setattr("shared.video_io.read_video", counted)
+    film = clip(60, 16, 16).save(tmp_path / "film.mkv")
+    most = open_folder(models["5b"]).config.geometry.max_frames
+    x = ("--model_path", models["unread 5b"], "--device", "cpu")
+    out = ("--output_path", tmp_path / "new.safetensors")
+    video = ("generate", "--prompt", PROMPT, "--output_path", tmp_path / "new.mp4", "--image_or_video_path")
+    for words, frames, code in (
+        ((*video, film, "--num_frames", 9), most + 1, 3),
+        ((*video, film, "--fit_frames", "nearest"), most + 1, 3),
+        (("invert", "--input_path", film, *out, "--fit_frames", "trim"), most + 1, 3),
+        (("invert", "--input_path", film, *out), most + 1, 2),
+        (("encode", "--input_path", film, *out, "--num_frames", 7, "--fit_frames", "pad"), 11, 3),
+        (("encode", "--input_path", film, *out), 60, 2),  # all are asked for
+    ):
+        assert call(capsys, *words, *x)["exit_code"] == code, words
+        assert read.pop() == frames < 61
+
+
 def check(capsys: Any, cases: list[tuple[tuple[object, ...], str]], code: int = 2) -> None:
     for words, reason in cases:
         said = call(capsys, *words)
