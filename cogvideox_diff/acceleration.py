@@ -16,6 +16,7 @@ from torch import Tensor
 from cogvideox_diff.transformer import Attention, ExpertTransformer
 from shared.attention import BACKENDS, Backend, attend
 from shared.errors import SettingError
+from shared.graphs import Capture, Replay, capture_cuda
 
 Compile = Literal["none", "blocks", "graph"]
 COMPILES: tuple[str, ...] = get_args(Compile)
@@ -71,23 +72,6 @@ DEFAULT = Acceleration()
 
 
 # ---- CUDA graphs
-
-Replay = Callable[[], None]
-Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
-
-
-def capture_cuda(run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
-    """Record `run` as a graph: (its result, which every replay writes anew, replay)."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate and choose kernels in the first runs
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return result, graph.replay
 
 
 class Graphed:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from cogvideox_diff import fast_block
-from cogvideox_diff.acceleration import Acceleration, Graphed, Replay
+from cogvideox_diff.acceleration import Acceleration, Graphed
 from cogvideox_diff.config import TransformerConfig
 from cogvideox_diff.guidance import Predictor
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.attention import attend
 from shared.errors import SettingError
+from shared.graphs import Replay
 from tests.cogvideox_diff.tiny_pipeline import PROMPT, make, write_tokenizer
 
 NET = TransformerConfig(
