@@ -159,8 +159,10 @@ def pending_items(
 ) -> tuple[list[Item], list[Item]]:
     """Items to make, and those that are finished with equal settings (with `resume`). OutputPathError where
     something else is in the way or the place cannot be written."""
-    kept = [item for item in items if resume and not overwrite and _finished(item, order)]
-    pending = [item for item in items if item not in kept]
+    kept: list[Item] = []
+    pending: list[Item] = []
+    for item in items:
+        (kept if resume and not overwrite and _finished(item, order) else pending).append(item)
     for item in pending:
         for path in (item.path, item.sidecar):
             if path == item.sidecar and not item.path.exists() and _sidecar_of(item):
@@ -188,6 +190,12 @@ def _sidecar_of(item: Item) -> dict[str, Any]:
     return content if ours else {}
 
 
+def _check_of(item: Item) -> dict[str, Any]:
+    """The verdict on a finished video, by its sidecar."""
+    check = _sidecar_of(item).get("check")
+    return check if isinstance(check, dict) else {}
+
+
 def check_writable(folder: Path) -> None:
     """OutputPathError unless files can be made in `folder`, which need not exist; leaves nothing there."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -212,7 +220,7 @@ class _Made:
 def run_generation(order: Order, options: argparse.Namespace) -> None:
     """Make the videos and their sidecars; says what it did on standard output.
 
-    Raises OutputCheckError (5) when a video that was written shows nothing, BatchError (7) when some of
+    Raises OutputCheckError (5) when a video, written now or kept, shows nothing, BatchError (7) when some of
     several items could not be made, and the item's own error when it was the only one.
     """
     items = plan_items(options)
@@ -222,7 +230,7 @@ def run_generation(order: Order, options: argparse.Namespace) -> None:
         content = {"ok": True, "dry_run": True, "settings": order.settings, "items": _listed(pending)}
         say(options, content, [f"would write {item.path}" for item in pending])
         return
-    made = _Made(records=[{**entry, "status": "kept"} for entry in _listed(kept)])
+    made = _Made(records=[_listed([item])[0] | {"status": "kept", "check": _check_of(item)} for item in kept])
     remove_leftovers(items[0].path.parent)
     if pending:
         generator = order.load()
@@ -365,9 +373,9 @@ def _raise_for(made: _Made, total: int) -> None:
         raise made.errors[0]
     if made.errors:
         raise BatchError(f"{len(made.errors)} of {total} videos failed; first: {made.errors[0]}")
-    bad = [r for r in made.records if r["status"] == "made" and r["check"]["status"] == "failed"]
+    bad = [record for record in made.records if record.get("check", {}).get("status") == "failed"]
     if bad:
-        reason = ", ".join(bad[0]["check"]["failures"])
+        reason = ", ".join(map(str, bad[0]["check"].get("failures", ())))
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise OutputCheckError(f"{bad[0]['path']} is written but failed its self-check: {reason}{more}")
 

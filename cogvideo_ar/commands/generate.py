@@ -192,6 +192,6 @@ def _described(options: argparse.Namespace, image: Tensor | None, video: Video |
     frames = image if image is not None else None if video is None else video.frames
     if frames is None:
         return {}
-    digest = hashlib.sha256(frames.contiguous().numpy()).hexdigest()[:16]
+    digest = hashlib.sha256(frames.contiguous().numpy().data).hexdigest()[:16]
     known = {"path": str(options.image_or_video_path), "fit_size": options.fit_size, "frames_sha256": digest}
     return known if video is None else known | {"given_frames": video.num_frames, "given_fps": video.fps}

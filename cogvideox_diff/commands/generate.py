@@ -384,7 +384,7 @@ def _described(options: argparse.Namespace, image: Tensor | None, video: Video |
     frames = image if image is not None else None if video is None else video.frames
     if frames is None:
         return {}
-    digest = hashlib.sha256(frames.contiguous().numpy()).hexdigest()[:16]
+    digest = hashlib.sha256(frames.contiguous().numpy().data).hexdigest()[:16]
     return {"path": str(options.image_or_video_path), "frames_sha256": digest}
 
 
