@@ -40,7 +40,21 @@ the model; micro-batches of one step run the same nets in the same order. The fi
 are counts, and logged as rates; a pair (sum, count) is logged as the mean over those micro-batches that have
 it."""
 COUNTS = frozenset({"samples", "tokens"})
+RECIPE = "recipe.json"  # of a run's folder
 OF = "/count"  # ends the name under which the counts of a pair are added up
+
+
+_LEGAL: Mapping[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "at least 1": (lambda x: x >= 1, ("steps", "accumulation", "log_every", "save_every")),
+    "at least 0": (
+        lambda x: 0 <= x < math.inf,
+        ("lr", "muon_lr", "weight_decay", "warmup_steps", "evaluate_every", "sample_every"),
+    ),
+    "above 0": (lambda x: x > 0, ("clip_norm",)),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, ("decay_fraction", "final_lr_fraction")),
+    "in [0, 1)": (lambda x: 0 <= x < 1, ("betas", "ema_decay")),
+    f"0 to {2**32 - 1}": (lambda x: 0 <= x < 2**32, ("seed",)),
+}  # of TrainConfig's fields; what is not a number fits nowhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +82,11 @@ class TrainConfig:
     sample_every: int = 0  # likewise
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise SettingError(f"seed must be 0 to {2**32 - 1}, got {self.seed}")
-        if not 0 <= self.ema_decay < 1:
-            raise SettingError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        for legal, (fits, names) in _LEGAL.items():
+            for name in names:
+                value = getattr(self, name)
+                if not all(map(fits, value if isinstance(value, tuple) else (value,))):
+                    raise SettingError(f"{name} must be {legal}, got {value}")
 
     def is_due(self, every: int, done: int) -> bool:
         """Whether something happens after `done` steps: always after the last, else every so many."""
@@ -143,12 +155,20 @@ class _Stop:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def is_asked(self, strategy: Strategy) -> bool:
+        """Whether any process was; one decision for all, which all must call."""
+        return strategy.total(float(self.signal is not None)) > 0
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
 
 
 class Interrupted(KeyboardInterrupt):
     """Training was asked to stop and saved its state; the same command resumes it."""
+
+
+def _stopped(done: int, config: TrainConfig) -> str:
+    return f"stopped at step {done} of {config.steps}; the same command resumes"
 
 
 def train(
@@ -177,7 +197,7 @@ def train(
     """
     strategy.micro_steps(0, config.accumulation)  # refuses what cannot be dealt out, before anything is made
     folder.mkdir(parents=True, exist_ok=True)
-    _check_recipe(folder, recipe, write=strategy.is_main)
+    new_recipe = _checked_recipe(folder, recipe)
     if strategy.is_main:
         remove_leftovers(folder)
     place(model, strategy)
@@ -189,6 +209,8 @@ def train(
             f"{folder} holds a run of {start} steps; steps must be at least that, got {config.steps}"
         )
     strategy.wait()  # all have read
+    if new_recipe is not None and strategy.is_main:
+        write_json(folder / RECIPE, new_recipe)
     device = next(model.parameters()).device
     with (
         Logbook(folder, steps=config.steps, start=start, active=strategy.is_main, quiet=quiet) as book,
@@ -203,7 +225,7 @@ def train(
             if after_step:
                 after_step(step)
             done = step + 1
-            stopping = strategy.total(float(stop.signal is not None)) > 0  # one decision for all
+            stopping = stop.is_asked(strategy)
             book.advance()
             if config.is_due(config.log_every, done):
                 book.report(
@@ -212,13 +234,15 @@ def train(
             if config.is_due(config.save_every, done) or stopping:
                 state.save(folder, done, strategy)
             if stopping:
-                raise Interrupted(f"stopped at step {done} of {config.steps}; the same command resumes")
+                raise Interrupted(_stopped(done, config))
             if evaluate and config.is_due(config.evaluate_every, done):
                 with _averaged(model, ema):
                     book.report(done, evaluate(model, done))
             if sample and config.is_due(config.sample_every, done):
                 with _averaged(model, ema):
                     book.draw(done, sample(model, done))
+    if stop.is_asked(strategy):  # since the last step: while its state was saved, evaluated or shown
+        raise Interrupted(_stopped(config.steps, config))
     if ema:
         ema.copy_to(model)
     model.eval()
@@ -295,22 +319,24 @@ def _require_finite(name: str, value: float, step: int) -> None:
         raise FloatingPointError(f"the {name} is {value} at step {step}; the last saved state is untouched")
 
 
-def _check_recipe(folder: Path, recipe: dict[str, Any] | None, *, write: bool) -> None:
-    """A run folder belongs to one recipe; its steps may be raised, nothing else may change."""
+def _checked_recipe(folder: Path, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The recipe as the folder is to keep it. A run folder belongs to one recipe; its steps may be raised,
+    nothing else may change: SettingError."""
     if recipe is None:
-        return
-    path = folder / "recipe.json"
-    new = json.loads(json.dumps(recipe, sort_keys=True, default=str))
-    if path.exists():
-        old = read_object(path, SettingError)
-        changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k != "steps")
-        if changed:
-            raise SettingError(
-                f"{folder} holds a run with another recipe ({', '.join(changed)} differ); "
-                "choose another folder"
-            )
-    if write:
-        write_json(path, new)
+        return None
+    new: dict[str, Any] = json.loads(json.dumps(recipe, sort_keys=True, default=str))
+    path = folder / RECIPE
+    old = read_object(path, SettingError) if path.exists() else new
+    unnamed = sorted(k for k in new.keys() - old.keys() if new[k] is not None)
+    changed = sorted(k for k in old if old[k] != new.get(k) and k != "steps")
+    said = [f"{', '.join(changed)} differ"] if changed else []
+    if unnamed:
+        said.append(f"it does not say {', '.join(unnamed)}, as those of an earlier version")
+    if said:
+        raise SettingError(
+            f"{folder} holds a run with another recipe ({'; '.join(said)}); choose another folder"
+        )
+    return new
 
 
 def recipe_of(config: TrainConfig, **parts: Any) -> dict[str, Any]:

@@ -4,7 +4,12 @@ twice, samples, and what several processes agree on (the processes themselves: t
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
+import os
+import re
+import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +26,10 @@ from cogvideox_diff.config import TransformerConfig
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.distributed import ParallelContext
 from shared.errors import SettingError
-from shared.training import Logs, TrainConfig, train
+from shared.training import Interrupted, Logs, TrainConfig, recipe_of, train
 from shared.training_memory import RECOMPUTE, Recompute, blocks_of, recomputed
 from shared.training_parallel import Strategy, nets_of, whole_state
-from shared.training_state import newest
+from shared.training_state import TrainState, newest
 from shared.video import Video
 from tests.cogvideo_ar.tiny import NUM_IMAGE_TOKENS, tiny_config
 
@@ -34,12 +39,11 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-def learn(folder: Path, config: TrainConfig = CONFIG, pause: float = 0.0, **options) -> nn.Module:
+def learn(folder: Path, config: TrainConfig = CONFIG, **options) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.Dropout(0.1), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 1))
 
     def objective(micro: int) -> tuple[Tensor, Logs]:
-        time.sleep(pause)
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(micro))
         return (model(x) - x.sum(1, keepdim=True)).square().mean(), {"samples": 8, "tokens": 32}
 
@@ -55,9 +59,21 @@ def lines(folder: Path) -> list[dict[str, float]]:
 # ---- killed
 
 
-def slowly(folder: Path) -> None:
+def killed_at(folder: Path, last: int, seconds: float) -> None:
+    """Trains, and is killed so many seconds after it has taken step `last`, whatever it does then."""
     torch.set_num_threads(1)
-    learn(folder, pause=0.005)
+
+    def kill() -> None:
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def after_step(step: int) -> None:
+        if step == last:
+            threading.Thread(target=kill).start()
+        elif step == CONFIG.steps - 1:
+            time.sleep(60)  # so that it cannot end before the thread has had its turn
+
+    learn(folder, after_step=after_step)
 
 
 def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -66,18 +82,16 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     context.set_forkserver_preload(["shared.training", "torch.utils.tensorboard"])  # imported once
     draws = torch.Generator()
     draws.seed()  # another moment every time that this runs
+    begun = 0
     for _ in range(2):
-        process = context.Process(target=slowly, args=(tmp_path / "killed",), daemon=True)
-        begun = len(lines(tmp_path / "killed"))
+        last, delay = begun + int(torch.randint(1, 16, (), generator=draws)), torch.rand((), generator=draws)
+        arguments = (tmp_path / "killed", last, 0.02 * float(delay))
+        process = context.Process(target=killed_at, args=arguments, daemon=True)
         process.start()
-        wanted = begun + int(torch.randint(1, 16, (), generator=draws))
-        deadline = time.monotonic() + 60
-        while len(lines(tmp_path / "killed")) < wanted and time.monotonic() < deadline:
-            time.sleep(0.002)
-        process.kill()
-        process.join()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        begun = newest(tmp_path / "killed")[1]
     reached = lines(tmp_path / "killed")[-1]["step"]
-    assert reached < CONFIG.steps
     path, step = newest(tmp_path / "killed")
     assert (path is None) == (step == 0) and 0 <= reached - step <= 3
     resumed, whole = learn(tmp_path / "killed"), learn(tmp_path / "whole")
@@ -92,6 +106,71 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
             assert all(torch.equal(ours["state"][index][key], x) for key, x in entries.items())
     losses = [{line["step"]: line["loss"] for line in lines(tmp_path / run)} for run in ("killed", "whole")]
     assert losses[0] == losses[1]
+
+
+# ---- stopped after its last step, refused
+
+
+@pytest.mark.parametrize("during", ["save", "evaluate", "sample"])
+def test_a_stop_after_the_last_step_is_not_swallowed(
+    during: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    hooks: dict[str, Any] = {
+        "evaluate": lambda net, step: stop() or {},
+        "sample": lambda net, step: stop() or {},
+    }
+    save, config = TrainState.save, replace(CONFIG, steps=2)
+    with monkeypatch.context() as patch:
+        if during == "save":
+            patch.setattr(TrainState, "save", lambda *args: stop() or save(*args))
+        with pytest.raises(Interrupted, match="stopped at step 2 of 2"):
+            learn(tmp_path, config, **{name: hook for name, hook in hooks.items() if name == during})
+    steps: list[int] = []
+    learn(tmp_path, config, after_step=steps.append)
+    assert not steps  # it had learnt everything
+
+
+def test_a_recipe_of_an_earlier_version_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
+    short = replace(CONFIG, steps=2)
+    learn(tmp_path, short, recipe=recipe_of(short, batch=4))
+    with pytest.raises(
+        SettingError, match=r"recipe \(it does not say tokens, as those of an earlier version"
+    ):
+        learn(tmp_path, short, recipe=recipe_of(short, batch=4, tokens="abc"))
+    with pytest.raises(SettingError, match=r"recipe \(batch differ; it does not say tokens"):
+        learn(tmp_path, short, recipe=recipe_of(short, batch=5, tokens="abc"))
+    with pytest.raises(SettingError, match=r"recipe \(batch differ\)"):
+        learn(tmp_path, short, recipe=recipe_of(short))
+
+
+ILLEGAL: dict[str, list[tuple[str, Any]]] = {
+    "at least 1": [("steps", 0), ("accumulation", 0), ("log_every", 0), ("save_every", -3)],
+    "at least 0": [
+        *[("lr", -1.0), ("lr", math.nan), ("lr", math.inf), ("muon_lr", -1.0), ("weight_decay", -0.1)],
+        *[("warmup_steps", -5), ("evaluate_every", -1), ("sample_every", -1)],
+    ],
+    "above 0": [("clip_norm", 0.0), ("clip_norm", -1.0)],
+    "in [0, 1]": [("decay_fraction", 5.0), ("decay_fraction", -0.1), ("final_lr_fraction", 1.5)],
+    "in [0, 1)": [("betas", (1.5, 0.9)), ("betas", (0.9, 1.0)), ("ema_decay", 1.0), ("ema_decay", -0.1)],
+    "0 to 4294967295": [("seed", -1), ("seed", 2**32)],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "legal"), [(*x, legal) for legal in ILLEGAL for x in ILLEGAL[legal]]
+)
+def test_illegal_settings(field: str, value: Any, legal: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(f"{field} must be {legal}, got {value}")):
+        replace(CONFIG, **{field: value})
+
+
+def test_the_ends_of_the_legal_ranges() -> None:
+    none = dict.fromkeys(("lr", "muon_lr", "weight_decay", "decay_fraction", "final_lr_fraction"), 0.0)
+    replace(CONFIG, **none, warmup_steps=0, betas=(0.0, 0.0))
+    replace(CONFIG, decay_fraction=1.0, final_lr_fraction=1.0, clip_norm=math.inf, seed=2**32 - 1)
 
 
 # ---- blocks that compute twice
