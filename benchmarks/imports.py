@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -137,16 +138,16 @@ def _read_prompts(source: Path, files: list[Path]) -> dict[str, str]:
         text = source.read_text(encoding="utf-8-sig")
         match source.suffix.lower():
             case ".csv":
-                rows: list[dict[str, str]] = list(csv.DictReader(text.splitlines()))
+                rows: list[dict[str, str]] = list(csv.DictReader(io.StringIO(text)))
             case ".jsonl":
-                rows = [parse_json(line) for line in text.splitlines() if line.strip()]
+                rows = [parse_json(line) for line in text.split("\n") if line.strip()]
             case ".json":
                 plain = parse_json(text)
                 rows = (
                     plain if isinstance(plain, list) else [{"file": f, "prompt": p} for f, p in plain.items()]
                 )
             case ".txt":
-                lines = [line.strip() for line in text.splitlines() if line.strip()]
+                lines = [line.strip() for line in text.split("\n") if line.strip()]
                 if len(lines) != len(files):
                     raise SettingError(f"{source} has {len(lines)} prompts for {len(files)} videos")
                 rows = [{"file": f.name, "prompt": line} for f, line in zip(files, lines, strict=True)]

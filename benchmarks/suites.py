@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from shared.clips import shapes
 from shared.config_cli import pick
 from shared.config_io import check_type
 from shared.errors import SettingError
+from shared.generation_cli import slug
 from shared.json_files import read_object
 
 FOLDER = Path(__file__).parent / "suites"
@@ -152,18 +152,6 @@ def _texts(name: str, value: Any) -> str | tuple[str, ...]:
     return texts if isinstance(value, list) else value
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line; empty lines and lines that start with # are left out."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"cannot read prompts from {path}: {error}") from error
-    found = tuple(line for line in lines if line and not line.startswith("#"))
-    if not found:
-        raise SettingError(f"{path} has no prompts")
-    return found
-
-
 def items(suite: Suite, model: str = "") -> list[Item]:
     """Every video that each model makes, in order; with what `model` is told."""
     texts = prompt_texts(suite)
@@ -171,7 +159,7 @@ def items(suite: Suite, model: str = "") -> list[Item]:
     each = suite.num_videos_per_prompt
     return [
         Item(
-            id=f"{index:03d}-{sample}-{slug(text)}",
+            id=f"{index:03d}-{sample}-{slug(text, 48)}",
             prompt=text,
             prompt_index=index,
             sample=sample,
@@ -193,8 +181,3 @@ def world_captions(suite: Suite, num: int) -> list[shapes.Caption]:
     """The suite's prompts as captions of the shapes world; given texts fall back to the held-out split."""
     split = "train" if suite.prompts == "train" else "heldout"
     return shapes.prompts(split, num, suite.seed)
-
-
-def slug(text: str, length: int = 48) -> str:
-    """A file name's worth of a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "prompt"

@@ -79,7 +79,7 @@ def _from_json(text: str, path: Path) -> dict[str, str]:
 
 def _from_tsv(text: str, path: Path) -> dict[str, str]:
     table = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.startswith("#"):
             continue
         columns = [column.strip() for column in line.split("\t")]

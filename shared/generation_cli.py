@@ -108,18 +108,23 @@ def add_generation_flags(parser: argparse.ArgumentParser, *, output: str) -> Non
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompt, or those of the file: one a line, without empty lines and lines that start with #."""
+    """The prompt, or those of the file."""
     if options.prompt_file is None:
         if not options.prompt.strip():
             raise SettingError("the prompt is empty")
         return [options.prompt.strip()]
+    return read_prompt_file(options.prompt_file)
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """One prompt a line; empty lines and lines that start with # are left out."""
     try:
-        lines = [line.strip() for line in options.prompt_file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"cannot read prompts from {options.prompt_file}: {error}") from error
+        raise SettingError(f"cannot read prompts from {path}: {error}") from error
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise SettingError(f"{options.prompt_file} has no prompts")
+        raise SettingError(f"{path} has no prompts")
     return prompts
 
 
@@ -136,7 +141,7 @@ def plan_items(options: argparse.Namespace) -> list[Item]:
         raise SettingError(f"unknown video format {suffix!r}; legal: {', '.join(FILE_SUFFIXES)}, or a folder")
     if suffix in FILE_SUFFIXES and total > 1:
         raise SettingError(f"{path} holds one video, {total} are asked for; name a folder")
-    named = [(f"{number:03d}-{_slug(prompt)}", prompt) for number, prompt in enumerate(prompts)]
+    named = [(f"{number:03d}-{slug(prompt)}", prompt) for number, prompt in enumerate(prompts)]
     return [
         Item(
             id=name,
@@ -150,7 +155,8 @@ def plan_items(options: argparse.Namespace) -> list[Item]:
     ]
 
 
-def _slug(text: str, length: int = 40) -> str:
+def slug(text: str, length: int = 40) -> str:
+    """A file name's worth of a prompt."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].strip("-") or "prompt"
 
 

@@ -11,10 +11,11 @@ from benchmarks.engines import ENGINES, run_with
 from benchmarks.features.files import FeatureFiles
 from benchmarks.report import up_to_date, write_reports
 from benchmarks.storage import RunFolder
-from benchmarks.suites import SPLITS, Suite, items, load_suite, read_prompts
+from benchmarks.suites import SPLITS, Suite, items, load_suite
 from benchmarks.windows import Window
 from benchmarks.work import Outcome
 from shared.errors import BatchError, SettingError
+from shared.generation_cli import read_prompt_file
 from shared.verbs import add_output_flags, say
 
 OVERRIDES = (
@@ -65,7 +66,7 @@ def requested_suite(options: argparse.Namespace) -> Suite:
     if "feature_files" in given:
         given["feature_files"] = tuple(given["feature_files"])
     if options.prompt_file is not None:
-        texts = read_prompts(options.prompt_file)
+        texts = tuple(read_prompt_file(options.prompt_file))
         given |= {"prompts": texts, "num_prompts": given.get("num_prompts", len(texts))}
     return replace(suite, **given)
 

@@ -87,7 +87,7 @@ def _read_list(path: Path) -> tuple[Clip, ...]:
 
 def _read_metadata(path: Path) -> tuple[Clip, ...]:
     clips = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"line {number} of {path}"
@@ -121,14 +121,14 @@ def _read_lines(folder: Path) -> tuple[Clip, ...]:
 def _filled_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise SettingError(f"{path} is missing")
-    return [line.strip() for line in _text(path).splitlines() if line.strip()]
+    return [line.strip() for line in _text(path).split("\n") if line.strip()]
 
 
 def _read_labels(folder: Path) -> tuple[Clip, ...]:
     labels = sorted((folder / "labels").glob("*.txt"))
     clips = []
     for number, label in enumerate(labels):
-        caption = (_text(label).splitlines() or [""])[0].strip()
+        caption = _text(label).partition("\n")[0].strip()
         clips.append(_clip(number, f"videos/{label.stem}.mp4", folder, caption))
     return tuple(clips)
 
@@ -140,6 +140,7 @@ def _clip(number: int, name: str, folder: Path, caption: str, rest: Mapping[str,
 
 
 def _text(path: Path) -> str:
+    """Its lines end in \\n alone: `splitlines` also cuts at characters that captions may have (U+2028)."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -254,7 +254,7 @@ def read_scores(path: Path) -> dict[str, Measures]:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = parse_json(line)
         except ValueError:

@@ -60,6 +60,18 @@ def test_prompts_beside_the_videos(videos: Path, name: str, text: str) -> None:
     assert prompts_of(videos, other) == WANTED
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "txt"])
+def test_prompts_may_have_the_line_separators_of_unicode(videos: Path, suffix: str) -> None:
+    said = dict(zip(WANTED, ("a\u2028b", "c\x85d", "e\x0cf"), strict=True))
+    text = {
+        "csv": "file,prompt\r\n" + "".join(f"{name},{prompt}\r\n" for name, prompt in said.items()),
+        "jsonl": "\n".join(json.dumps({"file": f, "prompt": p}, ensure_ascii=False) for f, p in said.items()),
+        "txt": "\n".join(said.values()),
+    }
+    (videos / f"prompts.{suffix}").write_text(text[suffix], encoding="utf-8")
+    assert prompts_of(videos) == said
+
+
 def test_prompts_from_names_and_sidecars(tmp_path: Path) -> None:
     for name in ("a red car-0", "a red car-1"):
         write_video(video(BLUE), tmp_path / f"{name}.mkv")

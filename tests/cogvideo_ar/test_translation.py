@@ -38,7 +38,7 @@ def test_scripts(text: str, script: str):
 
 
 def test_tables_are_read(tmp_path: Path):
-    table = {"a red circle": "红色圆形", "a lion": "狮子"}
+    table = {"a red circle": "红色圆形", "a lion": "狮子", "two\u2028lines": "两"}
     (tmp_path / "a.json").write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
     lines = ["# prompt, translation", "", *(f"{a}\t {b} " for a, b in table.items())]
     (tmp_path / "a.tsv").write_text("\n".join(lines), encoding="utf-8")

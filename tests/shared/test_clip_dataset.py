@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -41,6 +42,25 @@ def test_other_field_names_are_read_and_other_fields_kept(tmp_path: Path) -> Non
     )
     (clip,) = read_clips(path)
     assert (clip.caption, dict(clip.fields)) == ("x", {"source": "here"})
+
+
+def test_captions_may_have_the_line_separators_of_unicode(tmp_path: Path) -> None:
+    write_clips(tmp_path, 2, num_frames=2)
+    said, names = ["a car\u2028on a road", "a\x85b\u2029c\x0cd"], ["videos/0.mkv", "videos/1.mkv"]
+    rows = [{"video": name, "caption": caption} for name, caption in zip(names, said, strict=True)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)  # as filter writes
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "videos.txt").write_text("\n".join(names))
+    (tmp_path / "prompts.txt").write_text("\r\n".join(said), encoding="utf-8")
+    (tmp_path / "labels").mkdir()
+    for i, caption in enumerate(said):
+        (tmp_path / "labels" / f"{i}.txt").write_text(f"{caption}\nmore", encoding="utf-8")
+        (tmp_path / "videos" / f"{i}.mkv").rename(tmp_path / "videos" / f"{i}.mp4")
+    lists = [read_clips(tmp_path / name, must_exist=False) for name in ("metadata.jsonl", "videos.txt")]
+    for name in ("metadata.jsonl", "videos.txt"):
+        (tmp_path / name).unlink()
+    for clips in (*lists, read_clips(tmp_path)):
+        assert [clip.caption for clip in clips] == said
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 
 from shared.config_cli import FlagParser
 from shared.errors import SettingError, WeightsError
-from shared.generation_cli import Item, Order, add_generation_flags, run_generation
+from shared.generation_cli import Item, Order, add_generation_flags, read_prompt_file, run_generation
 from shared.protocol import GenerationRequest, GenerationResult, StageStats
 from shared.runtime import generator
 from shared.self_check import check_video
@@ -202,6 +202,12 @@ def test_a_prompt_file_resumes(tool: Tool, tmp_path: Path, capsys, monkeypatch):
     other = Tool(SETTINGS | {"top_k": 3})
     assert other(*arguments) == 2 and "with other settings" in capsys.readouterr().err
     assert other(*arguments, "--overwrite") == 0 and len(other.fake.made) == 3
+
+
+def test_a_prompt_file_has_a_prompt_a_line(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffone\u2028two\r\n\n# not\n three ".encode())
+    assert read_prompt_file(path) == ["one\u2028two", "three"]
 
 
 def test_an_interrupted_run_keeps_what_is_finished(tool: Tool, tmp_path: Path, capsys):
