@@ -172,6 +172,7 @@ def save_parts(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> 
     (folder / "config.json").unlink(missing_ok=True)  # while files are replaced, the folder is not whole
     for name, tensors in files.items():
         save_tensors(_stored(tensors, dtype), folder / f"{name}.safetensors")
+    (folder / CLUSTERS).unlink(missing_ok=True)  # those of another model would be taken for this one's
     if parts.cluster_labels is not None:
         write_clusters(parts.cluster_labels, folder / CLUSTERS)
     with atomic_path(folder / TEXT_MODEL) as temporary:

@@ -46,13 +46,15 @@ def save_sat(parts: Parts, folder: Path, dtype: torch.dtype | None = None) -> Pa
     ]
     codec = invert(parts.vqvae.state_dict(), ICETK_VQVAE)
     _check("vqvae", parts.config.vqvae, lambda: codec_config(codec))
-    for name, *_ in (*stages, *fine):  # while files are replaced, no checkpoint is whole
+    for name, *_ in (*stages, *fine):
         for place in (folder, folder / name, folder / name / "release"):
             remove_leftovers(place)
-        (folder / name / "latest").unlink(missing_ok=True)
+    for name in (*STAGE_NAMES, *FINE_NAMES.values()):  # while files are replaced, no checkpoint is whole;
+        (folder / name / "latest").unlink(missing_ok=True)  # and one that this model lacks is gone
     for name, facts, tensors in (*stages, *fine):
         _write_checkpoint(folder / name, facts, tensors, dtype or parts.dtype)
     _save({name: x.float() for name, x in codec.items()}, folder / CODEC)
+    (folder / CLUSTERS).unlink(missing_ok=True)  # those of another model would be taken for this one's
     if parts.cluster_labels is not None:
         write_clusters(parts.cluster_labels, folder / CLUSTERS)
     with atomic_path(folder / TEXT_MODEL) as temporary:

@@ -42,6 +42,7 @@ class TokenClips:
 
     tokens: Tensor
     captions: tuple[shapes.Caption, ...]
+    made_from: str = ""  # their `shared.clips.cache.cache_key`
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -60,7 +61,7 @@ def tokenize_shapes(
     if tokens is None:
         tokens = _tokenized(vqvae, scenes, num_frames, quiet)
         write_cache(path, "tokens", key, tokens)
-    return TokenClips(tokens=tokens.long(), captions=captions)
+    return TokenClips(tokens=tokens.long(), captions=captions, made_from=key)
 
 
 def _tokenized(vqvae: VQVAE, scenes: Sequence[shapes.Scene], num_frames: int, quiet: bool) -> Tensor:

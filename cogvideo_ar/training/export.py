@@ -13,7 +13,7 @@ from cogvideo_ar.parts import Parts
 from cogvideo_ar.pipeline import CogVideoPipeline
 from cogvideo_ar.training.recipes import Run
 from cogvideo_ar.transformer import CogVideoTransformer
-from shared.checkpoints import load_into, load_tensors
+from shared.checkpoints import load_into
 from shared.files import atomic_path
 from shared.model_card import model_card, read_stage
 
@@ -64,7 +64,7 @@ def load_parts(run: Run) -> Parts:
 
 def _transformer(run: Run, config: TransformerConfig, name: str) -> CogVideoTransformer:
     model = CogVideoTransformer(config)
-    load_into(model, load_tensors(run.needed(f"{name}/weights.safetensors", name)))
+    load_into(model, run.trained(name))
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,12 +45,14 @@ from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.vqvae import VQVAE
 from shared.checkpoints import load_into, load_tensors, save_tensors
 from shared.clips import shapes
+from shared.clips.cache import codec_mark, codec_of
 from shared.clips.stream import PixelBatches
 from shared.errors import SettingError, WeightsError
+from shared.json_files import read_object, shaped
 from shared.losses import edge_weight
 from shared.tokenizers.icetk import IceTokenizer
 from shared.tokenizers.sentencepiece_training import ICETK_IDS, train_text_model
-from shared.training import Logs, TrainConfig, recipe_of, train
+from shared.training import RECIPE, Logs, TrainConfig, recipe_of, train
 from shared.training_parallel import ALONE, Strategy, whole_state
 
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
@@ -234,12 +236,12 @@ class Run:
             loss, logs = stage_loss(model, batch)
             return loss, {"image": logs[0]} | _counts(batch)
 
-        self._train(model, objective, self.recipe.base, "base")
+        self._train(model, objective, self.recipe.base, "base", {"image_tokens": images.made_from})
 
     def train_keyframes(self) -> None:
         config, settings = self.recipe.config.keyframes, self.recipe.keyframes
         model = self._new_transformer(config, settings.seed)
-        load_into(model, load_tensors(self.needed("base/weights.safetensors", "base")))
+        load_into(model, self.trained("base"))
         model.init_temporal_from_base()
         clips, images, texts = self.clips(), self.stills(), self._texts(config)
 
@@ -254,12 +256,17 @@ class Run:
             counts = _counts(clip_batch, image_batch)
             return video + image, {"image": float(image.detach())} | frames | counts
 
-        self._train(model, objective, settings, "keyframes", sample=self._sampler(model))
+        said = {
+            "clip_tokens": clips.made_from,
+            "image_tokens": images.made_from,
+            "images_beside": self.recipe.images_beside_clips,
+        }
+        self._train(model, objective, settings, "keyframes", said, sample=self._sampler(model))
 
     def train_interpolation(self) -> None:
         config, settings = self.recipe.config.interpolation, self.recipe.interpolation
         model = self._new_transformer(config, settings.seed)
-        load_into(model, load_tensors(self.needed("keyframes/weights.safetensors", "keyframes")))
+        load_into(model, self.trained("keyframes"))
         clips, texts = self.clips(), self._texts(config)
         for _, parameter in model.base_parameters():
             parameter.requires_grad = False
@@ -273,7 +280,7 @@ class Run:
             loss, logs = stage_loss(model, batch)
             return loss, {f"frame{t}": x for t, x in logs.items() if t % 2} | _counts(batch)
 
-        self._train(model, objective, settings, "interpolation")
+        self._train(model, objective, settings, "interpolation", {"clip_tokens": clips.made_from})
 
     def _new_transformer(self, config: TransformerConfig, seed: int) -> CogVideoTransformer:
         torch.manual_seed(seed)
@@ -297,12 +304,14 @@ class Run:
         objective,
         settings: TrainConfig,
         name: str,
+        said: dict[str, Any],
         *,
         sample: Sampler | None = None,
     ) -> None:
-        said = recipe_of(settings, images=self.recipe.image_batch, clips=self.recipe.clip_batch)
+        """`said`: what else than settings and batches identifies the run: what its tokens were made from."""
+        recipe = recipe_of(settings, images=self.recipe.image_batch, clips=self.recipe.clip_batch, **said)
         folder, strategy = self.folder / name, self.strategy
-        train(model, objective, settings, folder, recipe=said, quiet=self.quiet, strategy=strategy,
+        train(model, objective, settings, folder, recipe=recipe, quiet=self.quiet, strategy=strategy,
               sample=sample)  # fmt: skip
         self._save(model, name)
 
@@ -310,6 +319,20 @@ class Run:
         tensors = {k: v.contiguous() for k, v in whole_state(model, self.strategy).items()}
         if self.strategy.is_main:
             save_tensors(tensors, self.folder / name / "weights.safetensors")
+
+    def trained(self, stage: str) -> dict[str, Tensor]:
+        """Weights of a transformer's stage. SettingError if they learnt the codes of another codec than the
+        one that is there; recipes of before this was written down are believed."""
+        weights, said = self.needed(f"{stage}/weights.safetensors", stage), self.folder / stage / RECIPE
+        recipe = read_object(said, SettingError) if said.exists() else {}
+        with shaped(said, SettingError):
+            learnt = {codec_of(recipe[name]) for name in ("image_tokens", "clip_tokens") if name in recipe}
+        if learnt and learnt != {codec_mark(self.vqvae())}:
+            raise SettingError(
+                f"{weights.parent} learnt the tokens of another image codec than {self.folder / 'vqvae'}: "
+                "train all stages in another folder"
+            )
+        return load_tensors(weights)
 
     def needed(self, name: str, stage: str) -> Path:
         path = self.folder / name

@@ -16,12 +16,22 @@ MADE_FROM = "made_from"  # metadata entry with the key
 
 def cache_key(codec: nn.Module, *, num_clips: int, seed: int, num_frames: int) -> str:
     """Changes with the clips (how many, which, how long) and with any of the codec's weights; JSON."""
+    made_from = {"num_clips": num_clips, "seed": seed, "num_frames": num_frames, "codec": codec_mark(codec)}
+    return json.dumps(made_from)
+
+
+def codec_of(key: str) -> str:
+    """The `codec_mark` in a `cache_key`."""
+    return json.loads(key)["codec"]
+
+
+def codec_mark(codec: nn.Module) -> str:
+    """64 hex digits that change with any of the codec's weights."""
     digest = hashlib.sha256()
     for name, x in codec.state_dict().items():
         digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    made_from = {"num_clips": num_clips, "seed": seed, "num_frames": num_frames, "codec": digest.hexdigest()}
-    return json.dumps(made_from)
+    return digest.hexdigest()
 
 
 def read_cache(path: Path, name: str, key: str, num_clips: int) -> Tensor | None:

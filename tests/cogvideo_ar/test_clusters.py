@@ -53,6 +53,16 @@ def test_tables_are_written_and_read(tmp_path: Path, name: str):
     assert clusters_mark(labels) != clusters_mark(labels.flip(0))
 
 
+def test_a_table_goes_with_its_model(tmp_path: Path):
+    """Another model in its folder has none."""
+    from dataclasses import replace
+
+    folder = save_parts(tiny_parts(tmp_path), tmp_path / "model")
+    assert open_folder(folder).clusters is not None
+    save_parts(replace(tiny_parts(tmp_path, seed=1), cluster_labels=None), folder)
+    assert open_folder(folder).load(torch.float32, torch.device("cpu")).cluster_labels is None
+
+
 def test_bad_tables_are_named(tmp_path: Path):
     np.save(tmp_path / "float.npy", np.zeros(4))
     np.save(tmp_path / "negative.npy", -np.ones(4, int))

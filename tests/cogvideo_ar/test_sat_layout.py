@@ -278,6 +278,18 @@ def test_super_resolution_is_a_part(released: Path, tmp_path: Path):
             assert key == "vocab_size" or value == read_json(folder / name / "model_config.json")[key], key
 
 
+def test_a_folder_that_is_overwritten_keeps_nothing_of_the_model_before(converted: Path, tmp_path: Path):
+    folder = export_folder(converted, tmp_path / "a")
+    shutil.copytree(case_folder("cogview2_sr") / "cogview2-dsr", folder / "cogview2-dsr")
+    _with_larger_table(folder / "cogview2-dsr")
+    before = SatFolder(folder)
+    assert before.clusters is not None and before.config.super_resolution is not None
+    parts = open_folder(converted).load(torch.float16, CPU)
+    save_sat(replace(parts, cluster_labels=None), folder)
+    after = SatFolder(folder)
+    assert after.clusters is None and after.config.super_resolution is None
+
+
 def _with_larger_table(checkpoint: Path) -> dict[str, Tensor]:
     file = next(checkpoint.glob("*/*.pt"))
     tensors = {name: x.clone() for name, x in load_tensors(file).items()}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from cogvideo_ar.config import VQVAEConfig, cogvideo_demo
 from cogvideo_ar.training import data, recipes
 from cogvideo_ar.training.data import TokenClips, duration_text, lowest_rate
+from cogvideo_ar.training.export import export
 from cogvideo_ar.vqvae import VQVAE
 from shared import training
 from shared.clips import shapes
@@ -287,6 +288,57 @@ def test_every_stage_logs_its_frames_and_its_speed(stage: str, finished: Path) -
     for line in map(json.loads, (finished / stage / "log.jsonl").read_text().splitlines()):
         assert [f"frame{time}" in line for time in range(5)] == [time in frames for time in range(5)]
         assert line["tokens_per_second"] > line["samples_per_second"] > 0
+
+
+def test_a_codec_that_went_on_learning_leaves_no_stage_behind(finished: Path, tmp_path: Path) -> None:
+    """Its tokens are others, so a transformer of the old ones is neither skipped, continued nor exported."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    recipe = tiny_recipe()
+    run = recipes.Run(replace(recipe, vqvae=replace(recipe.vqvae, steps=6)), folder, quiet=True)
+    for stage in ("vqvae", "tokens"):
+        run.stage(stage)
+    with pytest.raises(SettingError, match=r"another recipe \(image_tokens differ\)"):
+        run.stage("base")
+    for stage, before in (("keyframes", "base"), ("interpolation", "keyframes"), ("export", "keyframes")):
+        with pytest.raises(
+            SettingError, match=rf"{before} learnt the tokens of another image codec than .*vqvae"
+        ):
+            export(run, tmp_path / "model") if stage == "export" else run.stage(stage)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "names"),
+    [
+        ({"num_stills": 5}, "base", "image_tokens"),
+        ({"num_clips": 4}, "keyframes", "clip_tokens"),
+        ({"num_clips": 4}, "interpolation", "clip_tokens"),
+        ({"images_beside_clips": 3}, "keyframes", "images_beside"),
+    ],
+)
+def test_other_tokens_are_another_recipe(
+    change: dict[str, int], stage: str, names: str, finished: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(SettingError, match=rf"another recipe \({names} differ\)"):
+        recipes.Run(replace(tiny_recipe(), **change), folder, quiet=True).stage(stage)
+
+
+def test_a_finished_run_of_before_tokens_were_noted_is_exported_and_not_continued(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    for path in folder.glob("*/recipe.json"):
+        old = json.loads(path.read_text())
+        path.write_text(
+            json.dumps({k: v for k, v in old.items() if "tokens" not in k and k != "images_beside"})
+        )
+    run = recipes.Run(tiny_recipe(), folder, quiet=True)
+    assert (export(run, tmp_path / "model") / "config.json").is_file()
+    with pytest.raises(
+        SettingError, match=r"does not say clip_tokens, image_tokens, images_beside, as those"
+    ):
+        run.stage("keyframes")
 
 
 def test_a_stage_needs_the_earlier_ones(tmp_path: Path) -> None:
