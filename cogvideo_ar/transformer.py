@@ -7,7 +7,7 @@ dim, V tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from cogvideo_ar.attention import AttentionContext, FullAttention, region_slots
 from cogvideo_ar.config import RELEASED_TEXT_ROOM, SANE, BlockConfig, Oddities, TransformerConfig
 from cogvideo_ar.fast_decode import StepNet, applies
+from cogvideo_ar.graph_step import GraphStep
 from cogvideo_ar.kv_cache import KVCache, LayerCache
 from cogvideo_ar.layout import SequenceLayout, text_positions
 from cogvideo_ar.slot_attention import Place, SlotAttention
 from shared.cpu_linear import apply_linear
+from shared.graphs import Capture
 
 
 class Channel(nn.Module):
@@ -115,6 +117,7 @@ class DecodeState:
     positions: Tensor  # position embeddings of all slots [F*S, C]
     next_slot: int = 0  # counted over all frames
     quick: StepNet | None = None  # None: the plain blocks
+    graph: GraphStep | None = None  # before the others
 
 
 def layer_cache(config: TransformerConfig, layout: SequenceLayout, layer: int, like: Tensor) -> LayerCache:
@@ -129,7 +132,9 @@ def layer_cache(config: TransformerConfig, layout: SequenceLayout, layer: int, l
 
 
 class CogVideoTransformer(nn.Module):
-    """Text and frame tokens -> logits of the next image tokens; embeddings and output head are tied."""
+    """Text and frame tokens -> logits of the next image tokens; embeddings and output head are tied.
+
+    `recorder` makes what records the steps of a generation as graphs (`shared.graphs`); None: they run."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -143,6 +148,7 @@ class CogVideoTransformer(nn.Module):
             Block(config, DualChannelAttention(config, layer)) for layer in range(config.num_layers)
         )
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layernorm_eps)
+        self.recorder: Callable[[], Capture] | None = None
         self.reset_parameters()
 
     # ---- whole sequences
@@ -266,6 +272,8 @@ class CogVideoTransformer(nn.Module):
             text_weight=text_weight,
             text_room=RELEASED_TEXT_ROOM if oddities.short_text_cache else None,
         )
+        graph = self.recorder and GraphStep(self, self.recorder(), num_given=num_given)
+        quick = not graph and applies(self)
         state = DecodeState(
             layout=layout,
             caches=[
@@ -274,7 +282,8 @@ class CogVideoTransformer(nn.Module):
             context=steps,
             positions=self.position_rows(layout.slot_positions().to(x_BLC.device)),
             next_slot=num_given * layout.frame_len,
-            quick=StepNet(self, base_only=layout.base_only, rows=len(text_BT)) if applies(self) else None,
+            quick=StepNet(self, base_only=layout.base_only, rows=len(text_BT)) if quick else None,
+            graph=graph,
         )
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x_BLC = block(x_BLC, context, cache)
@@ -291,14 +300,19 @@ class CogVideoTransformer(nn.Module):
     def feed(self, tokens_BP: Tensor, wave: tuple[Place, ...], state: DecodeState) -> Tensor:
         """Feed one slot's token of each of several frames; logits [B, P, V], as `step`'s."""
         state.context.aim(wave)
+        logits_BPV = self._logits(tokens_BP, wave, state)
+        return logits_BPV if logits_BPV.dtype == torch.float64 else logits_BPV.float()
+
+    def _logits(self, tokens_BP: Tensor, wave: tuple[Place, ...], state: DecodeState) -> Tensor:
+        if state.graph is not None:
+            return state.graph(tokens_BP, wave, state)
         rows = [frame * state.layout.frame_len + slot for frame, slot in wave]
         x_BPC = self.word_embeddings(tokens_BP) + state.positions[rows]
         if state.quick is not None:
-            return state.quick.logits(x_BPC, state.context, state.caches).float()
+            return state.quick.logits(x_BPC, state.context, state.caches)
         for block, cache in zip(self.blocks, state.caches, strict=True):
             x_BPC = block(x_BPC, state.context, cache)
-        logits_BPV = self.image_logits(self.final_norm(x_BPC))
-        return logits_BPV if logits_BPV.dtype == torch.float64 else logits_BPV.float()
+        return self.image_logits(self.final_norm(x_BPC))
 
     # ---- parameters
 
