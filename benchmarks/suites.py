@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -77,19 +78,17 @@ class Suite:
     @property
     def command(self) -> str:
         """The command line that repeats this suite, but for where prompts and results lie."""
-        flags = {
-            name: getattr(self, name)
-            for name in ("num_prompts", "num_videos_per_prompt", "num_clips", "seed")
-        }
-        given = isinstance(self.prompts, str)
-        words = [f"--prompts {self.prompts}" if given else "--prompt_file PROMPTS.txt"]
-        words += [f"--{name} {value}" for name, value in flags.items()]
-        words += ["--warm_up"] if self.warm_up else []
-        words += [f"--feature_files {' '.join(self.feature_files)}"] if self.feature_files else []
-        words += ["--interleave"] if self.interleave else []
-        words += [f"--window {self.window}"] if self.window else []
         name = self.name if self.name in suite_names() else f"{self.name}.json"
-        return f"cogvideo-bench run {name} --models {' '.join(self.models)} {' '.join(words)}"
+        words = ["cogvideo-bench", "run", name, "--models", *self.models]
+        split = self.prompts if isinstance(self.prompts, str) else ""
+        words += ["--prompts", split] if split else ["--prompt_file", "PROMPTS.txt"]
+        for flag in ("num_prompts", "num_videos_per_prompt", "num_clips", "seed"):
+            words += [f"--{flag}", str(getattr(self, flag))]
+        words += ["--warm_up" if self.warm_up else "--no-warm_up"]
+        words += ["--interleave" if self.interleave else "--no-interleave"]
+        words += ["--window", str(self.window)] if self.window else []
+        words += ["--feature_files", *self.feature_files] if self.feature_files else []
+        return shlex.join(words)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import registry
 from benchmarks.__main__ import main
+from benchmarks.commands.run import add_arguments, requested_suite
 from benchmarks.suites import Suite, load_suite, suite_names
+from benchmarks.windows import Window
 from shared.errors import SettingError
 from tests.benchmarks.fakes import FakeGenerator
 
@@ -125,6 +130,24 @@ def test_suites_of_the_package_are_legal(name: str) -> None:
     assert suite.name == name and suite.description
     for model in suite.models:
         assert registry.resolve(model).source == "demo"
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_command_of_a_suite_makes_it_again(on: bool) -> None:
+    suite = replace(
+        load_suite("full"),
+        models=("demo", "my videos"),
+        num_prompts=3,
+        warm_up=on,
+        interleave=on,
+        feature_files=("i3d=a file.pt",),
+        window=Window.parse("1,8,64,64"),
+    )
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    program, verb, *words = shlex.split(suite.command)
+    assert (program, verb) == ("cogvideo-bench", "run")
+    assert requested_suite(parser.parse_args(words)) == suite
 
 
 def test_a_suite_of_ones_own(tmp_path: Path) -> None:
