@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
     check_workers(options.num_workers)
     folder = open_folder(options.model_path)
     job = make_job(options, folder)
-    job.check()
+    job.check(options.parallel)
     check_writable(options.output_path)
     told = _told(job)
     if options.dry_run:
@@ -148,7 +148,7 @@ def make_job(options: argparse.Namespace, folder: ModelFolder) -> Job:
     trained = folder.trained_dtype
     names = ("steps", "accumulation", "warmup_steps", "decay_fraction", "ema_decay", "autocast", "seed",
              "save_every", "sample_every")  # fmt: skip
-    lr = options.lr or (5e-4 if options.method == "lora" else 1e-5)
+    default_lr = 5e-4 if options.method == "lora" else 1e-5
     return Job(
         folder=folder,
         source=options.model_path,
@@ -156,7 +156,10 @@ def make_job(options: argparse.Namespace, folder: ModelFolder) -> Job:
         clips=clips,
         preparation=preparation,
         settings=settings,
-        train=TrainConfig(lr=lr, **{name: getattr(options, name) for name in names}),
+        train=TrainConfig(
+            lr=default_lr if options.lr is None else options.lr,
+            **{name: getattr(options, name) for name in names},
+        ),
         output=options.output_path,
         cache=options.cache_path or options.output_path / "cache",
         dtype=parse_dtype(options.dtype)

@@ -48,7 +48,7 @@ from shared.clips.stream import BatchPlan, ClipStream
 from shared.errors import BatchError, SettingError, WeightsError
 from shared.model_folder import weights_mark
 from shared.training import Objective, TrainConfig, recipe_of, train
-from shared.training_parallel import ALONE, Strategy, whole_state
+from shared.training_parallel import ALONE, Parallelism, Strategy, whole_state
 from shared.video import Video
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -85,9 +85,9 @@ class Job:
             found = [row["bucket"] for row in read_index(self.data, KIND)["clips"]]
         return {size: found.count(size) for size in sorted(set(found))}
 
-    def check(self) -> None:
-        """Raise SettingError or WeightsError for what cannot be trained, BatchError where no clip can be
-        used; reads no weights."""
+    def check(self, parallel: Parallelism) -> None:
+        """Raise SettingError or WeightsError for what cannot be trained, in this way of sharing the work,
+        BatchError where no clip can be used; reads no weights and asks no other process."""
         config, settings = self.folder.config, self.settings
         if settings.task == "t2v" and "t2v" not in tasks_of(config):
             raise SettingError("this model continues images: it cannot be trained for task t2v; legal: i2v")
@@ -98,7 +98,7 @@ class Job:
             lora.inject(net, settings.rank, settings.alpha, settings.targets)
         self._check_clips()
         if self.pack_tokens:
-            self._check_packs()
+            self._check_packs(parallel)
 
     def _check_clips(self) -> None:
         if not self.clips:
@@ -115,8 +115,8 @@ class Job:
             if not planned.problem and not planned.clip.caption:
                 raise SettingError(f"{planned.clip.name} in {self.data} has no caption")
 
-    def _check_packs(self) -> None:
-        if self.settings.task != "t2v" or self.strategy.parallel == "fsdp":
+    def _check_packs(self, parallel: Parallelism) -> None:
+        if self.settings.task != "t2v" or parallel == "fsdp":
             raise SettingError("frame packs are for task t2v, and not with --parallel fsdp")
         for size in self.sizes:
             if (need := self.tokens_of(Bucket.parse(size))) > self.pack_tokens:

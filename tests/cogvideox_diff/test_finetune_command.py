@@ -106,6 +106,27 @@ def test_images_and_clips_train_together_in_packs(tmp_path: Path) -> None:
     assert tune(tmp_path, model, *sizes, "--pack_tokens", "20") == 2
 
 
+@pytest.mark.parametrize("more", [[], ["--dry_run"]])
+def test_packs_are_refused_under_fsdp_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    data(tmp_path / "data")
+    flags = [*SIZE, "--pack_tokens", "60", "--parallel", "fsdp", *more]
+    assert tune(tmp_path, model_folder(tmp_path, "5b"), *flags) == 2
+    assert "frame packs are for task t2v, and not with --parallel fsdp" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_learning_rate_of_zero_is_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data(tmp_path / "data")
+    model = model_folder(tmp_path, "5b")
+    assert tune(tmp_path, model, *SIZE, "--lr", "0", "--steps", "1", "--warmup_steps", "0") == 0
+    (line,) = (tmp_path / "out" / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["lr"] == 0
+    assert tune(tmp_path, model, *SIZE, "--lr", "-1", "--dry_run") == 2
+    assert "lr must be at least 0, got -1.0" in capsys.readouterr().err
+
+
 def test_a_batch_has_one_of_several_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data(tmp_path / "data", image=True)
     model, seen = model_folder(tmp_path, "5b"), []
