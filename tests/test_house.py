@@ -18,7 +18,9 @@ from packaging.utils import canonicalize_name
 tomllib = pytest.importorskip("tomllib")
 
 ROOT = Path(__file__).resolve().parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONFIGURED = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = CONFIGURED["project"]
+PACKAGE_DATA: list[str] = CONFIGURED["tool"]["setuptools"]["package-data"]["*"]
 SCRIPTS: dict[str, str] = PROJECT["scripts"]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGES = ("cogvideo_ar", "cogvideox_diff", "shared", "benchmarks")
@@ -73,6 +75,17 @@ def test_forbidden_patterns_match_what_they_mean() -> None:
 def test_console_scripts_lead_somewhere(script: str) -> None:
     module, _, name = SCRIPTS[script].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_a_wheel_has_every_file_of_the_packages() -> None:
+    """But results, which are kept in a checkout only."""
+    files = [path for path in git_files() if path.relative_to(ROOT).parts[0] in PACKAGES]
+    homes = [path.parent for path in files if path.name == "__init__.py"]
+    found = {path for home in homes for pattern in PACKAGE_DATA for path in home.glob(pattern)}
+    found |= {path for path in files if path.suffix == ".py" and path.parent in homes}
+    assert not [
+        path for path in files if path not in found and path.parent != ROOT / "benchmarks" / "results"
+    ]
 
 
 def test_constraints_pin_every_requirement() -> None:

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose names begin so")
     parser.add_argument("--threads", type=int, default=1, choices=(1, 2), help="threads of torch (default 1)")
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count (default 7)")
-    parser.add_argument("--output_path", type=Path, help="folder of the kept results; default: with the code")
+    parser.add_argument("--output_path", type=Path, help="folder of the kept results (default: benchmarks/results of a checkout, "
+                        "else out/peers)")  # fmt: skip
     parser.add_argument("--page", type=Path, help="only write the tables of the kept results into this page")
     parser.epilog = "Ends with 3 where a ratio is below its floor in benchmarks/floors.json."
     add_output_flags(parser)
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> int | None:
     from benchmarks.peers import rows as kept
     from benchmarks.peers.harness import measure
 
-    folder = options.output_path or kept.RESULTS
+    folder = options.output_path or (kept.RESULTS if _in_checkout() else Path("out") / "peers")
     if options.page is not None:
         kept.write_page(options.page, folder)
         return None
@@ -55,6 +56,11 @@ def run(options: argparse.Namespace) -> int | None:
     lines = [*map(_line, measured), *(f"{name}: {why}" for name, why in skipped.items()), *slow]
     say(options, content, lines)
     return BELOW_FLOOR if slow else None
+
+
+def _in_checkout() -> bool:
+    """Results are kept with the code, but not among installed packages."""
+    return (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -72,6 +72,18 @@ def test_page(fakes: Path, tmp_path: Path) -> None:
     assert "| a/one |" in text and "| 1.50 | 5.0e-01 |" in text
 
 
+def test_an_installed_package_keeps_results_where_it_is_called(
+    fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "benchmarks.commands.peers.__file__", str(tmp_path / "a/benchmarks/commands/peers.py")
+    )
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "a" / "benchmarks" / "results")
+    assert main(["peers", "--repeats", "1", "--quiet", "--only", "a/one"]) == 0
+    assert not (tmp_path / "a").exists() and len(list((tmp_path / "out" / "peers").iterdir())) == 1
+
+
 def test_names(fakes: Path) -> None:
     assert [case.name for case in rows.chosen_cases(["a/t"])] == ["a/two"]
     with pytest.raises(SettingError, match="row"):
