@@ -45,16 +45,16 @@ def write_reports(
     write_text(folder.path / "report.md", markdown(measured))
     write_text(folder.path / "report.tex", latex(measured))
     write_text(folder.path / "report.html", render_page(folder, measured, descriptions, room=room))
-    return write_results(folder, measured)  # last, since `up_to_date` believes it
+    return write_results(folder, measured)
 
 
 def write_results(folder: RunFolder, measured: Mapping[str, Any]) -> dict[str, Any]:
     """results.json, and beside it every item's values in per_item.json and the replicates of the distances in
-    sets.json; returns the former's content."""
+    sets.json; returns the former's content, which is written last, since `up_to_date` believes it."""
     results = {name: value for name, value in measured.items() if name not in ("items", "sets")}
-    write_json(folder.path / "results.json", results)
     write_json(folder.path / "per_item.json", measured["items"])
     write_json(folder.path / "sets.json", measured["sets"])
+    write_json(folder.path / "results.json", results)
     return results
 
 

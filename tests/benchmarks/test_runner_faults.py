@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from benchmarks import registry
 from benchmarks.__main__ import main
 from benchmarks.evaluation import evaluate
 from benchmarks.metrics import prompt_accuracy
-from benchmarks.report import up_to_date, write_reports
+from benchmarks.report import REPORTS, up_to_date, write_reports
 from benchmarks.runner import run_suite
 from benchmarks.storage import RunFolder, lasting, load_frames, read_json
 from benchmarks.suites import Suite, items
@@ -86,6 +87,27 @@ def test_a_run_killed_before_its_report_writes_it_later(
     run_suite(suite, folder, build=build, quiet=True)  # and killed here, with reports of the run before
     assert run_suite(suite, folder, build=build, quiet=True).made == 0
     assert not up_to_date(folder)
+
+
+@pytest.mark.parametrize("during", REPORTS[:3])
+def test_a_run_killed_while_its_report_is_written_writes_it_later(
+    during: str, suite: Suite, finished_run: RunFolder, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_suite(replace(suite, num_prompts=2), finished_run, build=build, quiet=True)
+    replaced = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == during:
+            raise KeyboardInterrupt
+        replaced(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_reports(finished_run)
+    assert not up_to_date(finished_run)
+    write_reports(finished_run)
+    assert up_to_date(finished_run)
 
 
 def test_damaged_frames_are_listed_and_made_again(
