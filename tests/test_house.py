@@ -83,9 +83,7 @@ def test_a_wheel_has_every_file_of_the_packages() -> None:
     homes = [path.parent for path in files if path.name == "__init__.py"]
     found = {path for home in homes for pattern in PACKAGE_DATA for path in home.glob(pattern)}
     found |= {path for path in files if path.suffix == ".py" and path.parent in homes}
-    assert not [
-        path for path in files if path not in found and path.parent != ROOT / "benchmarks" / "results"
-    ]
+    assert not [path for path in files if path not in found and path.parent != ROOT / "benchmarks/results"]
 
 
 def test_constraints_pin_every_requirement() -> None:
