@@ -12,6 +12,7 @@ from torch import Tensor
 from cogvideo_ar.sampling import cluster_codebook
 from shared.checkpoints import load_tensors, save_tensors
 from shared.errors import SettingError, WeightsError
+from shared.files import atomic_path
 
 FILE = "cluster_labels.safetensors"  # of a model folder
 CODES_PER_CLUSTER = 40  # as released: 20000 tokens in 500 clusters
@@ -51,11 +52,10 @@ def write_clusters(labels: Tensor, path: Path) -> Path:
     """Write a table as .npy (beside released checkpoints) or .safetensors."""
     if path.suffix not in (".npy", ".safetensors"):
         raise SettingError(f"{path} must end in .npy or .safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
-        np.save(path, labels.numpy())
-    else:
-        save_tensors({"labels": labels}, path)
+    if path.suffix == ".safetensors":
+        return save_tensors({"labels": labels}, path)
+    with atomic_path(path) as temporary:
+        np.save(temporary, labels.numpy())
     return path
 
 

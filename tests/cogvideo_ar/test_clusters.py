@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cogvideo_ar.clusters import clusters_mark, make_clusters, read_clusters, wr
 from cogvideo_ar.formats import open_folder
 from cogvideo_ar.parts import save_parts
 from cogvideo_ar.pipeline import CogVideoPipeline
-from shared.errors import SettingError, WeightsError
+from shared.errors import OutputPathError, SettingError, WeightsError
 from tests.cogvideo_ar.tiny_pipeline import NUM_IMAGE_TOKENS, tiny_parts
 
 
@@ -51,6 +52,18 @@ def test_tables_are_written_and_read(tmp_path: Path, name: str):
     with pytest.raises(WeightsError, match=r"has the shape \[12\], needed is one label for 13 tokens"):
         read_clusters(tmp_path / name, 13)
     assert clusters_mark(labels) != clusters_mark(labels.flip(0))
+
+
+def test_a_full_disk_leaves_no_half_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def half(path: Path, _labels: np.ndarray) -> None:
+        Path(path).write_bytes(b"\x93NUMPY")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    table = write_clusters(torch.arange(3), tmp_path / "table.npy")
+    monkeypatch.setattr(np, "save", half)
+    with pytest.raises(OutputPathError, match="No space left"):
+        write_clusters(torch.arange(4), table)
+    assert read_clusters(table, 3).tolist() == [0, 1, 2] and list(tmp_path.iterdir()) == [table]
 
 
 def test_a_table_goes_with_its_model(tmp_path: Path):
