@@ -185,7 +185,7 @@ def processes(repeats: int) -> list[Row]:
 
 
 def own_share(config: TransformerConfig, latents: tuple[int, int, int], degree: int) -> float:
-    """Of the operations: text tokens are every process's, video tokens are shared."""
+    """Of the operations: the tokens are shared, in attention the heads."""
     parts = transformer_parts(config, grid_of(latents), 1, 4)
     return sum(p.flops for p in on_one_of(parts, config, grid_of(latents), degree)) / sum(
         p.flops for p in parts

@@ -31,8 +31,8 @@ CAMPAIGN = os.environ.get("HYPOTHESIS_PROFILE") == "campaign"
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "40"))  # of a campaign's runs to the usual ones
 UNDAMAGED = "undamaged"
 INDEX = "run.json"  # of a folder of videos: it lists what could not be made, and why
-CODES = (0, 2, 3, 4, 5, 6, 7, 130)
-UNTOUCHED = (2, 3, 4, 6)  # codes of refusals: nothing may be written or changed
+CODES = (0, 2, 3, 4, 5, 7, 130)
+UNTOUCHED = (2, 3, 4)  # codes of refusals: nothing may be written or changed
 SECONDS = 10.0  # of computing; a call that takes longer is cut off and counted
 WAITING = 120.0  # by the clock, likewise
 ROOM = 4 << 30  # bytes that a call may map beside what the process has
