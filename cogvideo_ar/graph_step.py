@@ -2,7 +2,7 @@
 
 A step of the released model is some two thousand kernels; started one by one from Python they can take longer
 than reading its 14.6 GB of weights. The static step runs the plain blocks with another attention context:
-where keys are stored, which are seen and what is added to their scores stand in tensors that are filled before.
+where keys are stored, which are seen and what is added to their scores stand in tensors, filled before.
 What a look sees is rounded up to a whole number of buckets and the rest excluded, so that few graphs serve a
 generation and short contexts do not read the whole cache:
 

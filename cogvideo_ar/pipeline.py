@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cogvideo_ar.config import SamplingConfig, TransformerConfig
 from cogvideo_ar.continuation import FitSize, Given, Prefix, prefix_of
 from cogvideo_ar.diagnostics import diagnose
 from cogvideo_ar.formats import open_folder
+from cogvideo_ar.graph_step import Compile, check_compile
 from cogvideo_ar.layout import prompt_tokens
 from cogvideo_ar.memory import advice, quantized, resolve_offload
 from cogvideo_ar.options import Options, Plan, resolve
@@ -30,6 +32,7 @@ from cogvideo_ar.super_resolution.direct import check_texts
 from cogvideo_ar.translation import is_chinese
 from shared.config_io import to_plain
 from shared.errors import SettingError
+from shared.graphs import SharedPool
 from shared.memory import memory_stage
 from shared.offload import Placement
 from shared.protocol import GenerationRequest, GenerationResult, StageStats
@@ -158,6 +161,13 @@ class CogVideoPipeline:
         given = replace(self.given, frames=frames, fit_size=fit_size or self.given.fit_size)
         return self.configured(given=given)
 
+    def accelerate(self, compile: Compile) -> None:
+        """From now on generate so: "graph" with the steps of both stages as CUDA graphs, the same function
+        with other rounding. SettingError where it does not go with the device or the pipeline's offload."""
+        check_compile(compile, self.device, offload=self.placement.mode)
+        for model in (self.parts.keyframes, self.parts.interpolation):
+            model.recorder = partial(SharedPool, self.device) if compile == "graph" else None
+
     def settings(self) -> dict[str, Any]:
         """Every effective setting, as JSON values."""
         labels, quantize = self.parts.cluster_labels, quantize_mode(self.parts.keyframes)
@@ -168,6 +178,8 @@ class CogVideoPipeline:
             device=self.device,
             clusters=None if labels is None else clusters_mark(labels),
         )
+        if self.parts.keyframes.recorder is not None:
+            settings["compile"] = "graph"
         return settings if quantize == "none" else settings | {"approximate": {"quantize": quantize}}
 
     def __call__(

@@ -6,6 +6,7 @@ What is recorded reads and writes the same memory in every replay, and waits for
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,17 +16,27 @@ Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
 
 
-def capture_cuda(run: Callable[[], Tensor], *, pool: Any = None) -> tuple[Tensor, Replay]:
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
+def capture_cuda(
+    run: Callable[[], Tensor], *, pool: Any = None, device: torch.device | None = None
+) -> tuple[Tensor, Replay]:
     """Record `run` as a graph: (its result, which every replay writes anew, replay). `pool` is memory that
-    graphs share; they must not run at the same time."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    graphs share; they must not run at the same time. `device`: by default the current one."""
+    index = None if device is None else device.index
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    side, present = side_stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(present)
     with torch.cuda.stream(side):  # libraries allocate and choose kernels in the first runs
         for _ in range(2):
             run()
-    torch.cuda.current_stream().wait_stream(side)
+    present.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=side):
         result = run()
     return result, graph.replay
 
@@ -33,10 +44,10 @@ def capture_cuda(run: Callable[[], Tensor], *, pool: Any = None) -> tuple[Tensor
 class SharedPool:
     """`capture_cuda` for several graphs in one pool of memory. A graph's result is lost when another runs."""
 
-    def __init__(self) -> None:
-        self.pool: Any = None
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.pool, self.device = None, device
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        return capture_cuda(run, pool=self.pool)
+        return capture_cuda(run, pool=self.pool, device=self.device)

@@ -21,6 +21,7 @@ from benchmarks.peers import ar, diffusion
 from benchmarks.peers.diffusion import Latents
 from benchmarks.peers.harness import Case, Pair, seconds_of
 from benchmarks.peers.slow_reference import SlowDecoder
+from shared.graphs import Capture, SharedPool
 
 FULL: Latents = (13, 60, 90)  # of 49 x 480 x 720
 PRESETS = ("cogvideox-2b", "cogvideox-5b")
@@ -41,6 +42,7 @@ def cases() -> list[Case]:
         *rows,
         _case("diffusion/full-decode", decode, decode_pair),
         _case("ar/full-step", step, ar_pair),
+        _case("ar/full-step-graph", f"{step}, ours as CUDA graphs", partial(ar_pair, recorder=SharedPool)),
     ]
 
 
@@ -99,14 +101,18 @@ def read_rate(device: str, *, size: int) -> float:
 # ---- the autoregressive family
 
 
-def ar_pair(*, device: str = "cuda", tiny: bool = False) -> Pair:
-    """`ar.STEPS` guided steps of one sample from caches full of zeros: what is read does not matter here."""
+def ar_pair(
+    *, recorder: Callable[[], Capture] | None = None, device: str = "cuda", tiny: bool = False
+) -> Pair:
+    """`ar.STEPS` guided steps of one sample from caches full of zeros: what is read does not matter here.
+    `recorder`: of our steps as graphs."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     config = registry.module("cogvideo", "config").cogvideo().keyframes
     slot = SLOT
     if tiny:
         config, slot = ar.transformers(torch.float32, 4)[0].config, 20
     model = filled(lambda: ar.ours_of("transformer").CogVideoTransformer(config), dtype, device)
+    model.recorder = recorder
     layout = ar.ours_of("layout").keyframe_layout(config, ar.TEXT_LEN)
     text = [[config.pad_token] * ar.TEXT_LEN] * 2
     frames = torch.zeros(1, slot // config.frame_len, config.frame_len, dtype=torch.long, device=device)
@@ -115,7 +121,8 @@ def ar_pair(*, device: str = "cuda", tiny: bool = False) -> Pair:
     token = torch.zeros(1, dtype=torch.long, device=device)
     while state.next_slot < slot:
         model.step(token.repeat(2), state)
-    slow = [SlowDecoder(model, state, rows) for rows in (slice(1), slice(1, None))]
+    with torch.device(device):  # where its caches are
+        slow = [SlowDecoder(model, state, rows) for rows in (slice(1), slice(1, None))]
 
     def run_ours() -> Tensor:
         state.next_slot = slot

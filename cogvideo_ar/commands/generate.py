@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="weights wait on the CPU: none, nets, or their blocks; changes no token")
     parser.add_argument("--quantize", choices=("none", "int8", "fp8"), default="none",
                         help="NOT exact: weights in 8 bits, by torchao (extra quant)")
+    parser.add_argument("--compile", choices=("none", "graph"), default="none",
+                        help="graph: a step of either stage as one CUDA graph")
     add_part_flags(parser)
 # fmt: on
 
@@ -71,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
     from cogvideo_ar.clusters import clusters_mark
     from cogvideo_ar.continuation import Given, prefix_of
     from cogvideo_ar.formats import open_folder
+    from cogvideo_ar.graph_step import check_compile
     from cogvideo_ar.memory import resolve_offload
     from cogvideo_ar.options import resolve
     from cogvideo_ar.pipeline import CogVideoPipeline, effective_settings
@@ -98,6 +101,9 @@ def run(options: argparse.Namespace) -> None:
         device=device,
         clusters=None if clusters is None else clusters_mark(clusters),
     )
+    check_compile(options.compile, device, offload=offload)
+    if options.compile != "none":
+        settings["compile"] = options.compile
     check_quantize(options.quantize)
     if options.quantize != "none":
         settings["approximate"] = {"quantize": options.quantize}
@@ -114,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
         if options.offload != "none" and not (options.quiet or options.json):
             sys.stderr.write(f"memory: offload {offload}{why and f' ({why})'}\n")
         spare_threads(pipeline.parts.keyframes)
+        pipeline.accelerate(options.compile)
         return pipeline.configured(wishes, sampling, given=given, clusters=clusters)
 
     order: dict[str, Any] = {"command": options.command, "settings": settings, "load": load}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogvideo_ar import graph_step
 from cogvideo_ar.__main__ import main
+from cogvideo_ar.config import cogvideo
 from cogvideo_ar.generation import generate_tokens
-from cogvideo_ar.graph_step import attend_wide, check_compile, padded_size
+from cogvideo_ar.graph_step import GraphStep, attend_wide, check_compile, padded_size
 from cogvideo_ar.layout import image_layout, interpolation_layout, keyframe_layout
+from cogvideo_ar.pipeline import CogVideoPipeline
 from cogvideo_ar.sampling import CogLMSampler
+from cogvideo_ar.slot_attention import SlotAttention
 from cogvideo_ar.speculation import generate_tokens_with_guesses
-from cogvideo_ar.transformer import CogVideoTransformer
+from cogvideo_ar.transformer import CogVideoTransformer, DecodeState, layer_cache
+from cogvideo_ar.wavefront import _with_lanes as with_lanes
 from cogvideo_ar.wavefront import generate_tokens_in_waves
 from shared.attention import attend
 from shared.errors import SettingError
@@ -28,6 +34,7 @@ from shared.graphs import Replay, SharedPool
 from shared.memory import peak_bytes
 from tests.cogvideo_ar.test_fast_decode import calm_model
 from tests.cogvideo_ar.tiny import NUM_IMAGE_TOKENS, configs, kind_of, tiny_config, wild_model
+from tests.cogvideo_ar.tiny_pipeline import tiny_parts
 
 SAMPLER = CogLMSampler(torch.arange(NUM_IMAGE_TOKENS) % 5, top_k=3)
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
@@ -147,7 +154,7 @@ WAYS = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     config=configs(),
     make=st.sampled_from([image_layout, keyframe_layout, interpolation_layout]),
@@ -263,6 +270,45 @@ def test_caches_are_held_once() -> None:
 
     plain, model.recorder = held(), Recorder()
     assert held() < 1.1 * plain
+
+
+def test_a_pipelines_video_is_the_same(tmp_path: Path) -> None:
+    pipeline = CogVideoPipeline(tiny_parts(tmp_path))
+    models = (pipeline.parts.keyframes.double(), pipeline.parts.interpolation.double())
+    plain, recorder = pipeline("a red circle", num_frames=9), Recorder()
+    for model in models:
+        model.recorder = recorder
+    assert torch.equal(pipeline("a red circle", num_frames=9).frames, plain.frames)
+    assert recorder.generations == 3 and recorder.replays > 0
+    assert pipeline.settings()["compile"] == "graph"
+    with pytest.raises(SettingError, match="needs a CUDA device"):
+        pipeline.accelerate("graph")
+    pipeline.accelerate("none")
+    assert "compile" not in pipeline.settings() and models[0].recorder is None
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("wave", [((4, 399),), ((3, 150), (4, 0)), tuple((4, slot) for slot in range(7))])
+@pytest.mark.parametrize("stage", ["keyframes", "interpolation"])
+def test_shapes_of_the_released_model(stage: str, wave: tuple[tuple[int, int], ...]) -> None:
+    """Two of its layers, in float16 and without memory, by the operators that a GPU would run."""
+    config = replace(getattr(cogvideo(), stage), num_layers=2)
+    with torch.device("meta"):
+        model = CogVideoTransformer(config).half().eval()
+        like = torch.empty(2, 0, config.hidden_size, dtype=torch.float16)
+    make = keyframe_layout if stage == "keyframes" else interpolation_layout
+    layout = make(config, 30)
+    state = DecodeState(
+        layout=layout,
+        caches=[layer_cache(config, layout, layer, like) for layer in range(config.num_layers)],
+        context=SlotAttention(layout, window=config.window, like=like),
+        positions=like.new_empty(5 * config.frame_len, config.hidden_size),
+        graph=GraphStep(model, Recorder().capture, num_given=layout.num_given),
+    )
+    state.context.num_lanes = 2
+    state.caches = [with_lanes(cache, layout, 2) for cache in state.caches]
+    tokens = torch.zeros(2, len(wave), dtype=torch.long, device="meta")
+    assert model.feed(tokens, wave, state).shape == (2, len(wave), config.num_image_tokens)
 
 
 # ---- a GPU
