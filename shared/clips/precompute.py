@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from shared.checkpoints import load_metadata, load_tensors, open_safetensors, save_tensors
 from shared.clips.dataset import Clip, Extent, content_key, probe
-from shared.clips.workers import started
+from shared.clips.workers import started, told
 from shared.config_io import check_type
 from shared.errors import (
     BatchError,
@@ -93,28 +92,6 @@ def make_key(content: str, *about: Any) -> str:
 # ---- clips
 
 
-@contextmanager
-def _watched() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not (reason := _dead_worker(error)):
-            raise
-        raise UserError(
-            f"{reason} while reading files (too little memory?); finished shards stay; run it again, or with "
-            "fewer --num_workers"
-        ) from error
-
-
-def _dead_worker(error: BaseException | None) -> str:
-    """What the loader says of a worker that was killed, or "". It says so wherever it interrupts, at times
-    while a thread starts, and then something else is raised."""
-    while error is not None and "DataLoader worker" not in str(error):
-        error = error.__context__
-    return str(error).splitlines()[0] if error else ""
-
-
-@_watched()
 def plan_clips(
     clips: Sequence[Clip], reader: ClipReader, *, num_workers: int = 0, quiet: bool = False
 ) -> list[Planned]:
@@ -175,7 +152,6 @@ def precompute_clips(
 # ---- shards
 
 
-@_watched()
 def write_shards(
     items: Sequence[Item],
     read: Callable[[Item], Any],
@@ -286,7 +262,7 @@ def _mapped(values: Sequence[T], work: Callable[[T], Any], num_workers: int) -> 
     if check_workers(num_workers) == 0 or not values:
         return iter(map(work, values))
     loader = DataLoader(_Mapped(values, work), batch_size=None, num_workers=num_workers, collate_fn=_same)
-    return started(loader)
+    return told(started(loader))
 
 
 def _same(value: T) -> T:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shared.clips.buckets import Bucket, assign
 from shared.clips.dataset import Clip, Extent, even_count, even_indices, probe, read_clips, read_frames
-from shared.clips.workers import started
+from shared.clips.workers import started, told
 from shared.errors import BatchError, SettingError, UserError
 from shared.transforms import fit_video
 
@@ -155,17 +155,11 @@ class ClipStream:
                 collate_fn=list,
                 generator=torch.Generator(),  # else the loader draws from the state that training uses
             )
-            self._ahead = started(loader)
+            self._ahead = told(started(loader))
+        self._next = -1  # a loader that failed is not asked again
+        read = next(self._ahead)
         self._next = step + self.stride
-        try:
-            return next(self._ahead)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"{str(error).splitlines()[0]} while reading batches (too little memory?); run it again, or "
-                "with fewer --num_workers"
-            ) from error
+        return read
 
     def _good(self, step: int, read: list[_Read]) -> list[dict[str, Tensor]]:
         self.skipped |= {place: reason for place, sample, reason in read if sample is None}

@@ -32,6 +32,6 @@ def told(items: Iterator[Any]) -> Iterator[Any]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            f"{str(error).splitlines()[0]} while reading clips (too little memory?); run it again, or with "
-            "fewer --num_workers"
+            f"{str(error).splitlines()[0]} while reading clips (too little memory?); what is finished "
+            "stays; run it again, or with fewer --num_workers"
         ) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +81,20 @@ def test_a_second_call_encodes_nothing_and_workers_change_nothing(tmp_path: Path
     assert with_workers == first and tree(tmp_path / "b") == before
 
 
-def test_a_dead_worker_is_told_though_an_import_was_interrupted_by_the_news(tmp_path: Path) -> None:
-    """The loader raises where this process stands; an import makes another error of it."""
+def test_a_dead_worker_is_told_and_finished_shards_stay(tmp_path: Path) -> None:
+    """It dies when the first two shards are there."""
 
-    for made_of_it in (ModuleNotFoundError("no module"), WeightsError("the settings do not describe a net")):
+    def mortal(item: Item) -> int:
+        while item.source == 7 and len(list(tmp_path.glob("*.safetensors"))) < 2:
+            time.sleep(0.01)
+        if item.source == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item.source
 
-        def encode(number: int, other: Exception = made_of_it) -> dict[str, Tensor]:
-            try:
-                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-            except RuntimeError as error:
-                raise other from error
-
-        with pytest.raises(UserError, match=r"worker .pid 7. is killed .* run it again"):
-            write_shards(items(3), read, encode, tmp_path, quiet=True)
+    with pytest.raises(UserError, match=r"DataLoader worker .* stays; run it again"):
+        write_shards(items(10), mortal, doubled, tmp_path, per_shard=3, num_workers=1, quiet=True)
+    _, encoded = written(tmp_path, items(10))
+    assert encoded == [6, 7, 8, 9]
 
 
 def test_killed_in_the_middle_and_run_again_the_files_are_the_same(tmp_path: Path) -> None:

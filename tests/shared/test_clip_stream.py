@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from itertools import chain, islice
 from pathlib import Path
 
@@ -104,6 +106,21 @@ def test_damaged_samples_are_replaced_and_told(num_workers: int) -> None:
     assert bad <= stream.skipped.keys() and stream.skipped[one[1]] == f"sample {one[1]} is damaged"
     with pytest.raises(BatchError, match="no sample of step 0 can be read"):
         read(ClipStream(samples=Numbered(9, frozenset(range(9))), plan=plan), 1)
+
+
+class Mortal(Numbered):
+    """Whoever reads it dies."""
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(place)
+
+
+def test_a_dead_worker_is_told_as_often_as_it_is_asked_for() -> None:
+    stream = ClipStream(samples=Mortal(4), plan=BatchPlan(["one"] * 4, 2), num_workers=1)
+    for step in (0, 0, 1):
+        with pytest.raises(UserError, match=r"DataLoader worker .* fewer --num_workers"):
+            stream.at(step)
 
 
 def test_plans_that_would_never_see_a_sample_are_refused() -> None:
