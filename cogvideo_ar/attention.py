@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvideo_ar.kv_cache import KVCache, LayerCache
+from cogvideo_ar.kv_cache import LayerCache
 from cogvideo_ar.layout import SequenceLayout, near_frames, near_slots, region_ids, window_slots
 from shared.attention import attend
 
@@ -122,8 +122,8 @@ class FullAttention:
 
     def spatial(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None) -> Tensor:
         text, num_frames = self.num_text, self.layout.num_frames
-        if cache is not None:  # the given frames are complete: nothing will look at their slots here
-            cache.spatial.put(k[:, :, :text], v[:, :, :text], 0)
+        if cache is not None:
+            self.fill_spatial(k, v, cache)
         text_out = self._attend(q[:, :, :text], k[:, :, :text], v[:, :, :text], self.padding)
         if num_frames == 0:
             return text_out
@@ -136,7 +136,7 @@ class FullAttention:
 
     def temporal(self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache | None, layer: int) -> Tensor:
         if cache is not None:
-            self._fill(cache.temporal, k, v, layer)
+            self.fill_temporal(k, v, cache, layer)
         plan, text = self.plans[layer % len(self.plans)], self.num_text
         if plan.slots is None:
             return self._attend_ranges(plan, q[:, :, text:], k, v)
@@ -144,6 +144,22 @@ class FullAttention:
         q_w, k_w, v_w = (_fold_windows(x[:, :, text:], plan.slots, frames) for x in (q, k, v))
         k_w, v_w = (_prepend(x[:, :, :text], y, num_windows) for x, y in ((k, k_w), (v, v_w)))
         return _unfold_windows(self._attend_ranges(plan, q_w, k_w, v_w), plan.slots, frames)
+
+    def fill_spatial(self, k: Tensor, v: Tensor, cache: LayerCache) -> None:
+        """Store the text's keys and values, which come first. The given frames are complete: nothing will
+        look at their slots in this channel."""
+        cache.spatial.put(k[:, :, : self.num_text], v[:, :, : self.num_text], 0)
+
+    def fill_temporal(self, k: Tensor, v: Tensor, cache: LayerCache, layer: int) -> None:
+        """Store keys and values of the text and of all slots, region by region."""
+        text, frames = self.num_text, self.layout.num_frames
+        for region, slots in enumerate(region_slots(self.layout, self.window, layer)):
+            cache.temporal.put(k[:, :, :text], v[:, :, :text], 0, region)
+            if frames:
+                k_r, v_r = (
+                    x[:, :, text:].unflatten(2, (frames, -1))[:, :, :, slots].flatten(2, 3) for x in (k, v)
+                )
+                cache.temporal.put(k_r, v_r, text, region)
 
     def _attend_ranges(self, plan: TemporalPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = []
@@ -159,16 +175,6 @@ class FullAttention:
         if self.dropout:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout)
         return attend(q, k, v, bias=bias)
-
-    def _fill(self, cache: KVCache, k: Tensor, v: Tensor, layer: int) -> None:
-        text, frames = self.num_text, self.layout.num_frames
-        for region, slots in enumerate(region_slots(self.layout, self.window, layer)):
-            cache.put(k[:, :, :text], v[:, :, :text], 0, region)
-            if frames:
-                k_r, v_r = (
-                    x[:, :, text:].unflatten(2, (frames, -1))[:, :, :, slots].flatten(2, 3) for x in (k, v)
-                )
-                cache.put(k_r, v_r, text, region)
 
 
 def layer_kinds(layout: SequenceLayout, window: int) -> tuple[bool, ...]:

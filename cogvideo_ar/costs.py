@@ -34,7 +34,7 @@ BLOCK_PASSES = 40  # readings and writings of the rows in a block beside its mat
 LOCAL_PASSES = 9  # for every entry of a window: a product and a sum with keys, and with values
 
 # Numbers held at once, in widths of a row; found by counting the tensors that are alive (tests hold them).
-PREFILL_ROWS = 11  # input, its sum with the attention, its norm, the MLP's inner rows twice
+PREFILL_ROWS = 10  # its sum with the attention, its norm, the MLP's inner rows twice
 WINDOW_ROWS = 12  # the folded queries, keys and values of a windowed channel are more than that
 STEP_ROWS = 10
 DRAW_BYTES = 30  # of a logit while a token is drawn: float32, then float64 scaled, sorted, summed
@@ -108,7 +108,8 @@ def _regions(config: TransformerConfig, layout: SequenceLayout) -> Iterator[list
 def prefill_parts(
     config: TransformerConfig, layout: SequenceLayout, rows: int, size: int
 ) -> tuple[Part, ...]:
-    """Text and given frames enter the caches, all at once."""
+    """Text and given frames enter the caches; the last block makes keys and values only, in the spatial
+    channel those of the text."""
     d, text, given, slots = config.hidden_size, layout.text_len, layout.num_given, layout.frame_len
     length = text + given * slots
     block = [*_linear_block(rows * length, d, size), attention(text, text, d, size, batch=rows)]
@@ -117,7 +118,10 @@ def prefill_parts(
     if not layout.base_only:
         block += [linear(rows * length, d, 3 * d, size), linear(rows * given * slots, d, d, size)]
         block += _given_attention(config, layout, rows, size)
-    return repeated(block, config.num_layers)
+    last = [linear(rows * text, d, 3 * d, size), pointwise(rows * length * d, BLOCK_PASSES / 4, size)]
+    if not layout.base_only:
+        last.append(linear(rows * length, d, 3 * d, size))
+    return (*repeated(block, config.num_layers - 1), *last)
 
 
 def _given_attention(config: TransformerConfig, layout: SequenceLayout, rows: int, size: int) -> list[Part]:
@@ -223,6 +227,7 @@ class TokenStage:
 def prefill_work(config: TransformerConfig, layout: SequenceLayout, rows: int, size: int) -> int:
     """Bytes at the prefill's peak: its rows, and the masks of both channels."""
     text, given, slots = layout.text_len, layout.num_given, layout.frame_len
+    rows = min(rows, layout.rows_at_once)
     widths = WINDOW_ROWS if config.window and given else PREFILL_ROWS
     held = rows * (text + given * slots) * config.hidden_size * widths
     windows = slots // config.window**2 if config.window else 1

@@ -5,6 +5,7 @@ Legend: B rows, N heads, S positions, D head dim.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,6 +32,12 @@ class KVCache:
         self.kv[0, :, :, start : self.starts[region] + end] = k_BNSD
         self.kv[1, :, :, start : self.starts[region] + end] = v_BNSD
 
+    def of_rows(self, rows: slice) -> KVCache:
+        """The same memory, some rows of it."""
+        part = copy.copy(self)
+        part.kv = self.kv[:, rows]
+        return part
+
     def first(self, length: int, region: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of the region's first `length` positions, as views."""
         places = slice(self.starts[region], self.starts[region] + length)
@@ -48,3 +55,6 @@ class LayerCache:
 
     spatial: KVCache  # text | slots of the current frame; one region for each frame that is under way
     temporal: KVCache  # per region: text | slots of all frames
+
+    def of_rows(self, rows: slice) -> LayerCache:
+        return LayerCache(spatial=self.spatial.of_rows(rows), temporal=self.temporal.of_rows(rows))

@@ -20,6 +20,8 @@ from torch import Tensor
 from cogvideo_ar.config import TransformerConfig
 from shared.errors import SettingError
 
+PREFILL_TOKENS = 4096  # of one pass: any device is busy with them, and what they hold stays small
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceLayout:
@@ -67,6 +69,11 @@ class SequenceLayout:
         """Slots of the i-th frame of the sequence."""
         start = self.text_len + i * self.frame_len
         return slice(start, start + self.frame_len)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the text and the given frames that enter the caches in one pass."""
+        return max(1, PREFILL_TOKENS // (self.text_len + self.num_given * self.frame_len))
 
     def prefix(self, num_frames: int) -> SequenceLayout:
         """The layout of the text and the first `num_frames` frames."""

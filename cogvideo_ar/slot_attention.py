@@ -196,8 +196,8 @@ def attend_slot(q_BNPD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, bias: Tensor | N
     if q_BNPD.device.type != "cpu" or q_BNPD.dtype not in (torch.float32, torch.bfloat16):
         return attend(q_BNPD, k_BNSD, v_BNSD, bias=bias)
     q_BNPD = q_BNPD * q_BNPD.shape[-1] ** -0.5
-    if q_BNPD.dtype == torch.float32:
+    if q_BNPD.dtype == torch.float32 and q_BNPD.shape[2] > 1:
         scores = q_BNPD @ k_BNSD.mT
-    else:  # keys as the left factor: what oneDNN is quick at
+    else:  # keys as the left factor: a matrix times a vector, and what oneDNN is quick at in half precision
         scores = (k_BNSD @ q_BNPD.mT).mT
     return F.softmax(scores if bias is None else scores + bias, dim=-1) @ v_BNSD

@@ -71,6 +71,14 @@ class DualChannelAttention(nn.Module):
         mixed = torch.lerp(temporal, spatial, self.mix.sigmoid().to(spatial.dtype))
         return torch.cat([text, mixed], dim=1) if context.num_text else mixed
 
+    def fill(self, x_BLC: Tensor, context: FullAttention, cache: LayerCache) -> None:
+        """Keys and values enter the caches; no row looks at another."""
+        _, k, v = self.spatial.heads(x_BLC[:, : context.num_text])
+        context.fill_spatial(k, v, cache)
+        if not context.base_only:
+            _, k, v = self.temporal.heads(x_BLC)
+            context.fill_temporal(k, v, cache, self.layer)
+
     def init_temporal_from_spatial(self, *, copy_out: bool) -> None:
         self.temporal.qkv.load_state_dict(self.spatial.qkv.state_dict())
         if copy_out:
@@ -102,7 +110,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_out_norm = nn.LayerNorm(size, eps)
 
-    def forward(self, x: Tensor, context: Any, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Any, cache: LayerCache | None = None, *, fill_only: bool = False
+    ) -> Tensor:
+        """`fill_only`: nobody reads the result (the last block of a prefill), so only the caches are made."""
+        if fill_only:
+            self.attention.fill(self.attention_norm(x), context, cache)  # type: ignore[operator]
+            return x
         x = x + self.attention_out_norm(self.attention(self.attention_norm(x), context, cache))
         return x + self.mlp_out_norm(self.mlp(self.mlp_norm(x)))
 
@@ -249,8 +263,44 @@ class CogVideoTransformer(nn.Module):
     ) -> DecodeState:
         """Prefill: text and the slots of the given frames [B, G*S] enter the caches."""
         num_given = given_BL.shape[1] // layout.frame_len
-        prefix = layout.prefix(num_given)
-        tokens_BL = torch.cat([text_BT, given_BL], dim=1)
+        like = self.word_embeddings.weight.new_empty(len(text_BT), 0)
+        steps = SlotAttention(
+            layout,
+            window=self.config.window,
+            extent=self.config.extent,
+            like=like,
+            text_valid_BT=text_valid_BT,
+            text_weight=text_weight,
+            text_room=RELEASED_TEXT_ROOM if oddities.short_text_cache else None,
+        )
+        graph = self.recorder and GraphStep(self, self.recorder(), num_given=num_given)
+        quick = not graph and applies(self)
+        state = DecodeState(
+            layout=layout,
+            caches=[layer_cache(self.config, layout, layer, like) for layer in range(self.config.num_layers)],
+            context=steps,
+            positions=self.position_rows(layout.slot_positions().to(like.device)),
+            next_slot=num_given * layout.frame_len,
+            quick=StepNet(self, base_only=layout.base_only, rows=len(text_BT)) if quick else None,
+            graph=graph,
+        )
+        tokens_BL, prefix = torch.cat([text_BT, given_BL], dim=1), layout.prefix(num_given)
+        for first in range(0, len(tokens_BL), prefix.rows_at_once):
+            rows = slice(first, first + prefix.rows_at_once)
+            valid = None if text_valid_BT is None else text_valid_BT[rows]
+            caches = [cache.of_rows(rows) for cache in state.caches]
+            self._fill(tokens_BL[rows], prefix, caches, valid, text_weight, oddities)
+        return state
+
+    def _fill(
+        self,
+        tokens_BL: Tensor,
+        prefix: SequenceLayout,
+        caches: list[LayerCache],
+        text_valid_BT: Tensor | None,
+        text_weight: float,
+        oddities: Oddities,
+    ) -> None:
         x_BLC = self.embed(tokens_BL, prefix, text_valid_BT, blanks=oddities.interpolation_guider_offset)
         # Quirk(temporal_text_bias_decode_only), Quirk(cyclic_prefill_windows)
         context = FullAttention(
@@ -263,31 +313,8 @@ class CogVideoTransformer(nn.Module):
             text_weight_temporal=0.0 if oddities.temporal_text_bias_decode_only else None,
             cyclic=oddities.cyclic_prefill_windows,
         )
-        steps = SlotAttention(
-            layout,
-            window=self.config.window,
-            extent=self.config.extent,
-            like=x_BLC,
-            text_valid_BT=text_valid_BT,
-            text_weight=text_weight,
-            text_room=RELEASED_TEXT_ROOM if oddities.short_text_cache else None,
-        )
-        graph = self.recorder and GraphStep(self, self.recorder(), num_given=num_given)
-        quick = not graph and applies(self)
-        state = DecodeState(
-            layout=layout,
-            caches=[
-                layer_cache(self.config, layout, layer, x_BLC) for layer in range(self.config.num_layers)
-            ],
-            context=steps,
-            positions=self.position_rows(layout.slot_positions().to(x_BLC.device)),
-            next_slot=num_given * layout.frame_len,
-            quick=StepNet(self, base_only=layout.base_only, rows=len(text_BT)) if quick else None,
-            graph=graph,
-        )
-        for block, cache in zip(self.blocks, state.caches, strict=True):
-            x_BLC = block(x_BLC, context, cache)
-        return state
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_BLC = block(x_BLC, context, cache, fill_only=cache is caches[-1])
 
     def step(self, tokens_B: Tensor, state: DecodeState) -> Tensor:
         """Feed the next slot's token (start-of-image first in every frame); logits of its image token [B,

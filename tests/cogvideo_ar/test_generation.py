@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cogvideo_ar import layout
 from cogvideo_ar.config import CogLMConfig, PromptTemplates, SamplingConfig
 from cogvideo_ar.generation import GreedySampler, StageSamplers, build_samplers, generate_tokens
 from cogvideo_ar.interpolation import cut_blocks, interpolate, merge_blocks
@@ -130,3 +131,14 @@ def test_blocks_share_their_borders():
     assert torch.equal(merge_blocks(blocks), frames)
     with pytest.raises(ValueError, match="8 frames cannot be cut into blocks of 3"):
         cut_blocks(frames[:, :8], 3)
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 4096])
+def test_rows_that_enter_the_caches_one_after_the_other_see_nothing_else(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows of different texts, some padded, in passes of one, of a few and of all of them."""
+    config = replace(SAMPLING, guidance_alpha=3.0, interpolation_guidance_alpha=2.0)
+    whole = video(["ab", "cdef"], [5, 6], config)
+    monkeypatch.setattr(layout, "PREFILL_TOKENS", at_once)
+    assert torch.equal(video(["ab", "cdef"], [5, 6], config), whole)
