@@ -67,16 +67,20 @@ def test_only_one_of_many_gets_it(tmp_path: Path) -> None:
 
 
 def test_a_silent_worker_loses_its_claims(tmp_path: Path) -> None:
-    with Claims(tmp_path, lease=0.3) as lively, Claims(tmp_path, lease=1000) as silent:
+    with Claims(tmp_path, lease=60) as lively, Claims(tmp_path, lease=1000) as silent:
         assert silent.take("a") and not lively.take("a")
         os.utime(tmp_path / "workers" / f"{silent.name}.json", (1, 1))
         assert lively.take("a") and not silent.take("a")
 
 
 def test_a_beating_worker_keeps_its_claims_longer_than_a_lease(tmp_path: Path) -> None:
-    with Claims(tmp_path, lease=0.3) as holder, Claims(tmp_path, lease=0.3) as other:
+    with Claims(tmp_path, lease=3) as holder, Claims(tmp_path, lease=60) as other:
         assert holder.take("a")
-        time.sleep(0.6)
+        life = tmp_path / "workers" / f"{holder.name}.json"
+        os.utime(life, (1, 1))  # as if a lease had passed
+        deadline = time.monotonic() + 60
+        while life.stat().st_mtime == 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert not other.take("a")
 
 

