@@ -341,6 +341,14 @@ def test_a_finished_run_of_before_tokens_were_noted_is_exported_and_not_continue
         run.stage("keyframes")
 
 
+def test_a_recipe_that_somebody_changed_is_named(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    path = folder / "base" / "recipe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_tokens": "no key"}))
+    with pytest.raises(SettingError, match=r"base/recipe\.json does not hold what this program writes there"):
+        recipes.Run(tiny_recipe(), folder, quiet=True).stage("keyframes")
+
+
 def test_a_stage_needs_the_earlier_ones(tmp_path: Path) -> None:
     run = recipes.Run(tiny_recipe(), tmp_path, quiet=True)
     for stage, needed in (("tokens", "vqvae"), ("keyframes", "base"), ("interpolation", "keyframes")):
