@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import threading
 import uuid
@@ -22,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from shared.errors import SettingError
-from shared.files import running, write_json
+from shared.files import machine, running, write_json
 from shared.json_files import read_object
 
 LEASE = 60.0  # seconds without a sign of life, by the shared folder's own clock, after which work is redone
@@ -142,13 +141,6 @@ class Claims:
 
     def _path(self, what: str, number: int) -> Path:
         return self._claims / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.{number}"
-
-
-def machine() -> str:
-    """This machine, or the container that numbers this process."""
-    with suppress(OSError):
-        return f"{platform.node()} {os.stat('/proc/self/ns/pid').st_ino}"
-    return platform.node()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.metrics.base import digest
 from shared.errors import SettingError, UserError
-from shared.files import write_json
+from shared.files import LEFTOVER, write_json
 from shared.json_files import read_object
 from shared.video import Video
 from shared.video_io import read_video, write_video
@@ -146,7 +146,7 @@ def intact(folder: Path, name: str) -> bool:
 def remove_leftovers(folder: RunFolder) -> None:
     """Half-written files of processes that were killed. Only for when nobody is at work in the folder."""
     for path in folder.path.rglob(".*.tmp*"):
-        if re.fullmatch(r"\..+\.\d+\.tmp(\.\w+)?", path.name) and path.is_file():
+        if LEFTOVER.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 
 

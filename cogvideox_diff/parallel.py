@@ -151,7 +151,7 @@ class ParallelTransformer(ExpertTransformer):
         self.ulysses.sizes = [sum(cut) for cut in cuts]
         texts, videos = zip(*cuts, strict=True)
         own_text, own_video = text_BLD.split(texts, dim=1)[rank], video_BVD.split(videos, dim=1)[rank]
-        # row by row: blocks choose their path by size, on which ranks may differ, but all must exchange the same
+        # row by row, since blocks choose their path by size: ranks may differ, but must exchange the same
         rows = zip(own_text.split(1), own_video.split(1), emb_BE.split(1), strict=True)
         own_video = torch.cat([self.run_blocks(*row, rope)[1] for row in rows])
         patches = self.head(own_video, emb_BE)

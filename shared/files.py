@@ -30,7 +30,7 @@ def atomic_path(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     path = Path(path)
     _refuse(path, overwrite)
-    temporary = path.with_name(f".{path.stem}.{_machine()}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{machine()}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -48,7 +48,7 @@ def remove_leftovers(folder: Path, stem: str = "") -> None:
     target of that name alone. What a living process writes, or one of another machine, stays."""
     for path in folder.glob(".*.tmp*"):
         found = LEFTOVER.fullmatch(path.name)
-        if found and found["machine"] == _machine() and not running(int(found["process"])):
+        if found and found["machine"] == machine() and not running(int(found["process"])):
             if found["stem"] == stem or not stem:
                 _remove(path)
 
@@ -100,7 +100,7 @@ def _replace(temporary: Path, path: Path) -> None:
         raise OutputPathError(f"{path} is a folder; name a file")
     if _exchanged(temporary, path):
         return
-    old = path.with_name(f".{path.stem}.old.{_machine()}.{os.getpid()}.tmp{path.suffix}")
+    old = path.with_name(f".{path.stem}.old.{machine()}.{os.getpid()}.tmp{path.suffix}")
     os.replace(path, old)  # a folder cannot be renamed over a folder that has files
     os.replace(temporary, path)
     _remove(old)
@@ -112,7 +112,7 @@ def _exchanged(a: Path, b: Path) -> bool:
     return swap is not None and swap(HERE, os.fsencode(a), HERE, os.fsencode(b), EXCHANGE) == 0
 
 
-def _machine() -> str:
+def machine() -> str:
     """This machine, or the container that numbers this process, in 8 hex digits."""
     space = ""
     with suppress(OSError):

@@ -20,7 +20,7 @@ from cogvideox_diff.vae.autoencoder import CausalVAE
 from shared.checkpoints import load_tensors, save_tensors
 from shared.config_io import save_config
 from shared.errors import SettingError, WeightsError
-from shared.files import _machine
+from shared.files import machine
 from shared.training import TrainConfig, train
 from tests.cogvideox_diff.tiny_pipeline import (
     FRAMES,
@@ -196,7 +196,7 @@ def test_a_difference_loads_as_the_whole_model(tmp_path: Path) -> None:
     base = load_tensors(tmp_path / "base" / "transformer.safetensors")
     folder = tmp_path / "base" / "image_to_video"
     folder.mkdir(parents=True)
-    half = folder / f".config.{_machine()}.4194303.tmp.json"  # of a process that was killed
+    half = folder / f".config.{machine()}.4194303.tmp.json"  # of a process that was killed
     half.touch()
     save_delta(model, base, folder)
     assert not half.exists()

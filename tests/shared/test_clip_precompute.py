@@ -26,7 +26,7 @@ from shared.clips.precompute import (
     write_shards,
 )
 from shared.errors import SettingError, UserError, WeightsError
-from shared.files import _machine
+from shared.files import machine
 from tests.shared.clip_files import broken_files, killed_at, world, write_metadata
 
 
@@ -121,7 +121,7 @@ def test_another_list_takes_over_what_it_shares(tmp_path: Path) -> None:
     fresh, _ = written(tmp_path / "b" / "part", [*items(13, 10), *items(8, 2)])
     assert shards == fresh
     (tmp_path / "a" / "part" / ".0123.4567.tmp.safetensors").write_bytes(b"left by a kill")
-    (tmp_path / "a" / f".index.{_machine()}.4194303.tmp.json").write_bytes(b"left by a kill")
+    (tmp_path / "a" / f".index.{machine()}.4194303.tmp.json").write_bytes(b"left by a kill")
     for folder in (tmp_path / "a", tmp_path / "b"):
         write_index(folder, kind="test", settings={}, clips=[], skipped=[], shards={"part": shards})
     assert tree(tmp_path / "a") == tree(
