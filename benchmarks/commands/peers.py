@@ -17,9 +17,11 @@ BELOW_FLOOR = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows whose names begin so")
     parser.add_argument("--threads", type=int, default=1, choices=(1, 2), help="threads of torch (default 1)")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count (default 7)")
-    parser.add_argument("--output_path", type=Path,
-                        help="folder of the kept results (default: with the code, installed out/peers)")  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="rounds that count (default 7; of whole videos 3 at most)"
+    )
+    where = "folder of the kept results (default: with the code, installed out/peers)"
+    parser.add_argument("--output_path", type=Path, help=where)
     parser.add_argument("--page", type=Path, help="only write the tables of the kept results into this page")
     parser.epilog = "Ends with 3 where a ratio is below its floor in benchmarks/floors.json."
     add_output_flags(parser)

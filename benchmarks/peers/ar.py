@@ -3,6 +3,7 @@ of one and of four samples, and a whole video. Weights are random and the same o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,8 +36,14 @@ def cases() -> list[Case]:
         for batch, slot in ((1, 600), (1, 1400), (4, 1800))
         for name, dtype in DTYPES.items()
     ]
-    whole = "33 frames of 8 x 8 tokens: first frame, guided key frames, three guided rounds of interpolation"
-    return [*rows, Case(name="ar/video-float32", words=whole, build=partial(video_pair, torch.float32))]
+    whole = (
+        "33 frames of 20 x 20 tokens: first frame, guided key frames, three guided rounds of interpolation"
+    )
+    videos = [
+        Case(name=f"ar/video-{name}", words=whole, build=partial(video_pair, dtype, SIDE), long=True)
+        for name, dtype in DTYPES.items()
+    ]
+    return [*rows, *videos]
 
 
 def transformers(dtype: torch.dtype, side: int) -> tuple[Any, Any]:
@@ -127,11 +134,30 @@ def step_pair(dtype: torch.dtype, batch: int, slot: int) -> Pair:
 
 def step_bytes(model: Any, layout: Any, rows: int, slot: int) -> int:
     """What a step must read: the weights once, and every row's keys and values."""
-    block = sum(p.nbytes for p in model.blocks.parameters())
-    head = model.word_embeddings.weight[: model.config.num_image_tokens].nbytes
-    keys = 2 * layout.text_len + slot + slot % layout.frame_len
-    size = model.word_embeddings.weight.itemsize
-    return block + head + model.config.num_layers * rows * 2 * keys * model.config.hidden_size * size
+    return steps_bytes(model, layout, rows, [(divmod(slot, layout.frame_len),)])
+
+
+def steps_bytes(model: Any, layout: Any, rows: int, waves: Sequence[Any]) -> int:
+    """The same of several steps, each with a slot of each of some frames."""
+    config, weight = model.config, model.word_embeddings.weight
+    weights = weight[: config.num_image_tokens].nbytes + sum(
+        p.nbytes
+        for name, p in model.blocks.named_parameters()
+        if not (layout.base_only and (".temporal." in name or name.endswith("mix")))
+    )
+    near = {"window": config.window, "extent": config.extent, "like": weight.new_empty(1, 0)}
+    context, keys = ours_of("slot_attention").SlotAttention(layout, **near), 0
+    for wave in waves:
+        context.aim(wave)
+        kinds = [held_keys(looks) for looks in context.temporal_looks] or [0]
+        temporal = sum(kinds[layer % len(kinds)] for layer in range(config.num_layers))
+        keys += config.num_layers * held_keys(context.spatial_looks) + temporal
+    return len(waves) * weights + keys * rows * 2 * config.hidden_size * weight.itemsize
+
+
+def held_keys(looks: Sequence[Any]) -> int:
+    """Keys that were there before the step."""
+    return sum(look.keys - look.slots for look in looks)
 
 
 def bandwidth() -> float:
@@ -156,7 +182,7 @@ class Words:
         return self.first + 110
 
 
-def video_pair(dtype: torch.dtype, side: int = 8) -> Pair:
+def video_pair(dtype: torch.dtype, side: int) -> Pair:
     keyframes, interpolation = transformers(dtype, side)
     config = replace(
         ours_of("config").SamplingConfig(),
@@ -173,7 +199,27 @@ def video_pair(dtype: torch.dtype, side: int = 8) -> Pair:
         frames = ours_of("keyframes").generate_keyframes(keyframes, *given, given_BGS=frames)
         return ours_of("interpolation").interpolate(interpolation, *given, frames_BMS=frames)
 
-    return Pair(ours=run_ours, peer=partial(slow_video, keyframes, interpolation, words, config, labels))
+    needed = video_bytes(keyframes, interpolation, len(config.interpolation_durations))
+    return Pair(
+        ours=run_ours,
+        peer=partial(slow_video, keyframes, interpolation, words, config, labels),
+        facts={"floor_seconds": needed / bandwidth()},
+    )
+
+
+def video_bytes(keyframes: Any, interpolation: Any, rounds: int) -> int:
+    """What the steps of a guided video must read, without its prefills."""
+    layouts, schedule = ours_of("layout"), ours_of("wavefront").wavefront_schedule
+    first = layouts.image_layout(keyframes.config, TEXT_LEN)
+    keys = layouts.keyframe_layout(keyframes.config, TEXT_LEN)
+    between = layouts.interpolation_layout(interpolation.config, TEXT_LEN)
+    slots = range(first.frame_len)
+    one_by_one = [((frame, slot),) for frame in range(1, keys.num_frames) for slot in slots]
+    total = steps_bytes(keyframes, first, 1, [((0, slot),) for slot in slots])
+    total += steps_bytes(keyframes, keys, 2, one_by_one)
+    blocks = (keys.num_frames - 1) // (between.num_given - 1)
+    waves = schedule(interpolation.config, between).waves
+    return total + sum(steps_bytes(interpolation, between, 2 * blocks << i, waves) for i in range(rounds))
 
 
 def slow_video(keyframes: Any, interpolation: Any, words: Words, config: Any, labels: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from shared.memory import peak_bytes
 
 Run = Callable[[], Any]
+LONG_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +37,15 @@ class Pair:
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A row. `build` makes the nets, only when the row is wanted; ImportError: the peer is not installed.
-    "processes": ours takes several, and the CPU time of the busiest counts, without what it waits."""
+    "processes": ours takes several, and the CPU time of the busiest counts, without what it waits. `long`: a
+    round takes minutes, thousands of steps; at most `LONG_ROUNDS` of them, and none to warm up."""
 
     name: str
     words: str
     build: Callable[[], Pair]
     kind: Literal["time", "processes", "memory"] = "time"
     device: Literal["cpu", "cuda"] = "cpu"
+    long: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,9 @@ def _measured(case: Case, pair: Pair, repeats: int) -> dict[str, Any]:
     if case.kind == "memory":
         ours, peer = peak_bytes(pair.ours), peak_bytes(pair.peer)
         return row | {"ours_bytes": ours, "peer_bytes": peer, "ratio": peer / ours}
-    rounds = [(_ours(pair, case.device), seconds_of(pair.peer, case.device)) for _ in range(repeats + 1)][1:]
+    count, warm_up = (min(repeats, LONG_ROUNDS), 0) if case.long else (repeats, 1)
+    rounds = [(_ours(pair, case.device), seconds_of(pair.peer, case.device)) for _ in range(warm_up + count)]
+    rounds = rounds[warm_up:]
     clock = clock_of(row)
     row |= _summary(rounds, clock)
     if "floor_seconds" in row:

@@ -79,3 +79,16 @@ def test_a_whole_video_by_both_ways(monkeypatch: pytest.MonkeyPatch, stages: tup
     monkeypatch.setattr(ar, "transformers", lambda dtype, side: tuple(one.to(dtype) for one in stages))
     pair = ar.video_pair(torch.float32, 4)
     assert pair.ours().shape == pair.peer().shape == (1, 33, 16)
+    assert pair.facts["floor_seconds"] > 0
+
+
+def test_what_steps_of_several_frames_read(stages: tuple[Any, Any]) -> None:
+    """A wave reads the weights once; windows of four slots of all frames before, in either kind of layer."""
+    layout = ar.ours_of("layout").interpolation_layout(stages[1].config, 3)
+    weights = sum(p.numel() for p in stages[1].blocks.parameters()) + 40 * 16
+    one = ar.steps_bytes(stages[1], layout, 1, [((3, 0),)])
+    assert one == 8 * (weights + 2 * 16 * (3 * 3 + 2 * (3 + 3 * 4) + (3 + 3 * 1)))  # slot 0 is shifted alone
+    two = ar.steps_bytes(stages[1], layout, 1, [((3, 8), (4, 0))])
+    assert one < two < 2 * one
+    image = ar.ours_of("layout").image_layout(stages[0].config, 3)
+    assert ar.steps_bytes(stages[0], image, 1, [((0, 0),)]) < 8 * weights  # the temporal channel is not read
