@@ -61,7 +61,3 @@ class NoiseSchedule:
     def x0_from_velocity(self, x_t: Tensor, v: Tensor, timesteps_B: Tensor) -> Tensor:
         a, s = self.coefficients(timesteps_B, x_t)
         return a * x_t - s * v
-
-    def noise_from_velocity(self, x_t: Tensor, v: Tensor, timesteps_B: Tensor) -> Tensor:
-        a, s = self.coefficients(timesteps_B, x_t)
-        return s * x_t + a * v

@@ -101,16 +101,6 @@ def Drop(pattern: str) -> _Rule:  # noqa: N802
     return _Rule((pattern,), ())
 
 
-def permute_chunks(order: Sequence[int], dim: int = 0) -> Transform:
-    """Cut into len(order) equal chunks along `dim`; the new chunk i is the old chunk order[i]."""
-    back = [list(order).index(i) for i in range(len(order))]
-
-    def pick(indices: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.cat([_cut(x, len(indices), dim)[i] for i in indices], dim)
-
-    return Transform(forward=pick(order), inverse=pick(back))
-
-
 def reshape(
     new: Callable[[torch.Size], Sequence[int]], old: Callable[[torch.Size], Sequence[int]]
 ) -> Transform:

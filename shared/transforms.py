@@ -47,24 +47,9 @@ def fit_video(video: Video, height: int, width: int) -> Video:
     return Video(frames=frames.permute(0, 2, 3, 1).contiguous(), fps=video.fps)  # -> [T, H, W, C]
 
 
-def to_unit(x: Tensor) -> Tensor:
-    """uint8 0..255 to float32 0..1."""
-    return x.float() / 255
-
-
 def to_signed(x: Tensor) -> Tensor:
     """uint8 0..255 to float32 -1..1."""
     return x.float() / 127.5 - 1
-
-
-def from_unit(x: Tensor) -> Tensor:
-    """Float 0..1 to uint8, clamped and rounded."""
-    return (x.float().clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def from_signed(x: Tensor) -> Tensor:
-    """Float -1..1 to uint8, clamped and rounded."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _like(result: Tensor, given: Tensor) -> Tensor:

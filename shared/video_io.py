@@ -1,4 +1,4 @@
-"""Videos to files and back, and pictures of several videos.
+"""Videos to files and back.
 
 | path | content | frames come back |
 |---|---|---|
@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +27,7 @@ from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from shared.errors import OutputPathError, SettingError, UserError
@@ -67,14 +67,6 @@ def write_video(
         except FFmpegError as error:
             raise OutputPathError(f"cannot write {path}: {error.strerror}") from error
     return path
-
-
-def write_sidecar(path: str | Path, content: Mapping[str, Any], *, overwrite: bool = True) -> Path:
-    """Write `content` as JSON beside the video `path`: the same name with the suffix .json."""
-    path = Path(path)
-    replace = path.suffix.lower() in SUFFIXES[:3]
-    target = path.with_suffix(".json") if replace or path.suffix == ".json" else Path(f"{path}.json")
-    return write_json(target, content, overwrite=overwrite)
 
 
 def _writer(suffix: str, odd: Odd, quality: int) -> Callable[[Video, Path], None]:
@@ -328,57 +320,3 @@ def _upright(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-# ---- pictures of several videos
-
-
-def image_grid(
-    images: Sequence[Tensor | Pixels], *, columns: int, gap: int = 2, background: int = 255
-) -> Pixels:
-    """Images uint8 [H, W, 3] of any sizes, row by row in cells of the largest size."""
-    if not images or columns < 1:
-        raise ValueError(f"a grid needs images and columns, got {len(images)} images and {columns} columns")
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    rows = -(-len(images) // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), background, np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + image.shape[0], left : left + image.shape[1]] = np.asarray(image)
-    return sheet
-
-
-def contact_sheet(
-    videos: Sequence[Video], *, frames: int = 8, labels: Sequence[str] = (), gap: int = 2
-) -> Pixels:
-    """uint8 [H, W, 3]: one row per video, `frames` of its frames evenly spread, under its label."""
-    if labels and len(labels) != len(videos):
-        raise ValueError(f"{len(videos)} videos need as many labels, got {len(labels)}")
-    rows = [image_grid(_spread(video, frames), columns=frames, gap=gap) for video in videos]
-    width = max(row.shape[1] for row in rows)
-    parts = [
-        part for row, label in _labelled(rows, labels) for part in (_label(label, width), row) if part.size
-    ]
-    return _stacked(parts, width, gap)
-
-
-def _stacked(rows: Iterable[Pixels], width: int, gap: int) -> Pixels:
-    """Rows of any height below each other, white to the right up to `width`."""
-    padded = [np.pad(row, ((0, gap), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    return np.concatenate(padded)[: -gap or None]
-
-
-def _spread(video: Video, count: int) -> list[Tensor]:
-    places = torch.linspace(0, video.num_frames - 1, count).round().long().tolist()
-    return [video.frames[i] for i in places]
-
-
-def _labelled(rows: Sequence[Pixels], labels: Sequence[str]) -> Iterator[tuple[Pixels, str]]:
-    return zip(rows, labels or [""] * len(rows), strict=True)
-
-
-def _label(text: str, width: int) -> Pixels:
-    image = Image.new("RGB", (width, 14 if text else 0), "white")
-    if text:
-        ImageDraw.Draw(image).text((2, 1), text, fill="black")
-    return np.array(image).reshape(image.height, width, 3)

@@ -233,19 +233,3 @@ class SuperResolutionTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=small if name.endswith(("base.out", "mlp.down")) else 0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-
-    @torch.no_grad()
-    def init_fine_from_base(self) -> None:
-        """How fine-tuning starts from a text-to-image model: own projections as copies of the base ones, and
-        the positions of its image tiled (not enlarged) over the fine grid."""
-        for module in self.modules():
-            if isinstance(module, LocalAttention) and module.own_fine:
-                module.fine.load_state_dict(module.base.state_dict())
-        rows, columns = (torch.arange(side, device=self.device) for side in self.config.fine_grid)
-        height, width = self.config.coarse_grid
-        cells_HW = rows[:, None] % height * width + columns % width
-        # one before `coarse_position_offset`: the text-to-image model's images start at start-of-image
-        first = self.config.coarse_position_offset - 1
-        self.extra_position_embeddings.weight.copy_(
-            self.position_embeddings.weight[first + cells_HW.flatten()]
-        )

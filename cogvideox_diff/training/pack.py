@@ -213,18 +213,3 @@ def packed_loss(
     targets = [schedule.velocity(*batch)[0] for batch in batches]
     errors = [v.float() - target.float() for v, target in zip(outputs, targets, strict=True)]
     return torch.stack([error.square().mean() for error in errors])
-
-
-@dataclass(frozen=True)
-class Use:
-    """How full the packs of an epoch are, against a row per sample of the longest one's length."""
-
-    packed: float
-    padded: float
-
-
-def token_use(lengths: Sequence[int], budget: int, seed: int = 0) -> Use:
-    """Shares of the computed tokens that belong to a sample."""
-    packs = PackPlan(lengths, budget, seed).epoch(0)
-    total = sum(lengths)
-    return Use(packed=total / (budget * len(packs)), padded=total / (max(lengths) * len(lengths)))

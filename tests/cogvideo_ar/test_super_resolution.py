@@ -271,19 +271,6 @@ def test_training_reaches_every_parameter():
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
-def test_fine_tuning_starts_from_the_base_model():
-    config = tiny(fine_grid=(4, 6))
-    model = SuperResolutionTransformer(config)
-    model.init_fine_from_base()
-    attention = model.blocks[1].attention
-    assert torch.equal(attention.fine.qkv.weight, attention.base.qkv.weight)
-    assert torch.equal(attention.fine.out.bias, attention.base.out.bias)
-    base, extra = model.position_embeddings.weight, model.extra_position_embeddings.weight.view(4, 6, -1)
-    first = config.coarse_position_offset - 1
-    assert torch.equal(extra[1, 4], base[first + 1 * 3 + 1])  # tiled 2 x 2, not enlarged
-    assert torch.equal(extra[3, 0], base[first + 1 * 3])
-
-
 # ---- settings
 
 

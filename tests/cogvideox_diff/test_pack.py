@@ -18,7 +18,6 @@ from cogvideox_diff.training.pack import (
     num_tokens,
     packed_forward,
     packed_loss,
-    token_use,
 )
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.errors import SettingError
@@ -118,8 +117,7 @@ def test_an_epoch_uses_every_sample_once_within_the_budget() -> None:
     assert plan.pack(count) == plan.epoch(1)[0]
     assert PackPlan(lengths, 100, seed=3).pack(count + 1) == plan.pack(count + 1)  # as after a resume
     assert PackPlan(lengths, 100, seed=4).epoch(0) != plan.epoch(0)
-    use = token_use(lengths, 100)
-    assert use.packed > use.padded
+    assert 100 * count < 50 * max(lengths)  # fewer tokens computed than with a row for each sample
 
 
 def test_first_fit_goes_to_the_first_pack_with_room() -> None:

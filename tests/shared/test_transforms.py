@@ -9,12 +9,9 @@ from shared.transforms import (
     centre_crop,
     cover_size,
     fit_video,
-    from_signed,
-    from_unit,
     resize,
     resize_crop,
     to_signed,
-    to_unit,
 )
 from shared.video import Video
 
@@ -63,8 +60,5 @@ def test_fit_video_keeps_the_rate():
     assert video.frames.shape == (3, 16, 16, 3) and video.fps == 8
 
 
-def test_ranges_come_back_exactly():
-    x = torch.arange(256, dtype=torch.uint8)
-    assert from_unit(to_unit(x)).equal(x) and from_signed(to_signed(x)).equal(x)
-    assert to_signed(x)[[0, 255]].tolist() == [-1, 1] and to_unit(x)[[0, 255]].tolist() == [0, 1]
-    assert from_signed(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+def test_the_ends_of_the_range_are_met():
+    assert to_signed(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 
 from shared.errors import OutputPathError, SettingError, UserError
 from shared.video import Video
-from shared.video_io import contact_sheet, image_grid, read_image, read_video, write_sidecar, write_video
+from shared.video_io import read_image, read_video, write_video
 
 RED, BLUE = (220, 40, 40), (40, 75, 230)
 
@@ -283,37 +282,3 @@ def test_an_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # show turned clockwise
     image.save(tmp_path / "a.png", exif=exif)
     assert read_image(tmp_path / "a.png").equal(noise(1, 8, 12).frames[0].rot90(-1, (0, 1)))
-
-
-# ---- sidecars and sheets
-
-
-def test_sidecars_lie_beside_the_video(tmp_path):
-    for name, sidecar in (("a.mp4", "a.json"), ("v1.5", "v1.5.json"), ("b.json", "b.json")):
-        path = write_sidecar(tmp_path / name, {"prompt": "红色", "path": tmp_path})
-        assert path == tmp_path / sidecar
-        assert json.loads(path.read_text(encoding="utf-8"))["prompt"] == "红色"
-    with pytest.raises(OutputPathError, match="already exists"):
-        write_sidecar(tmp_path / "a.mp4", {}, overwrite=False)
-
-
-def test_a_grid_places_images_in_cells():
-    images = [torch.full((4, 6, 3), i, dtype=torch.uint8) for i in range(3)]
-    grid = image_grid(images, columns=2, gap=1, background=9)
-    assert grid.shape == (9, 13, 3) and grid.dtype == np.uint8
-    assert (grid[:4, :6] == 0).all() and (grid[:4, 7:] == 1).all() and (grid[5:, :6] == 2).all()
-    assert (grid[5:, 7:] == 9).all() and (grid[4] == 9).all()
-    with pytest.raises(ValueError, match="0 images"):
-        image_grid([], columns=2)
-
-
-def test_a_contact_sheet_has_a_row_per_video_with_first_and_last_frame():
-    short, long = noise(2, 10, 12), moving(17)
-    sheet = contact_sheet([short, long], frames=3, gap=2)
-    assert sheet.shape == (10 + 2 + 32, 3 * 48 + 2 * 2, 3)
-    assert (sheet[:10, :12] == short.frames[0].numpy()).all()
-    assert (sheet[12:, -48:] == long.frames[-1].numpy()).all()
-    labelled = contact_sheet([short, long], frames=3, labels=["a", "b"])
-    assert labelled.shape[0] > sheet.shape[0] + 20 and (labelled[:14] < 128).any()
-    with pytest.raises(ValueError, match="2 videos need as many labels, got 1"):
-        contact_sheet([short, long], labels=["a"])
