@@ -76,7 +76,8 @@ def _cogvideo_costs(source: str, settings: Mapping[str, Any]) -> list[StageCost]
     plan = resolve(config, Options())
     made = {name: getattr(plan, name) for name in ("num_frames", "num_keyframes", "height", "width")}
     same = _agree(settings, {**made, "sampling": to_plain(plan.sampling)})
-    return stage_costs(config, plan, parse_dtype(settings["dtype"])) if same else []
+    on_cpu = str(settings.get("device", "cpu")) == "cpu"
+    return stage_costs(config, plan, parse_dtype(settings["dtype"]), on_cpu=on_cpu) if same else []
 
 
 def _cogvideox_costs(source: str, settings: Mapping[str, Any]) -> list[StageCost]:

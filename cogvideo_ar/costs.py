@@ -7,10 +7,11 @@ P slots of a step, d width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from cogvideo_ar import fast_decode
 from cogvideo_ar.attention import layer_kinds, region_slots
 from cogvideo_ar.config import CogVideoConfig, SuperResolutionConfig, TransformerConfig, VQVAEConfig
 from cogvideo_ar.layout import (
@@ -367,10 +368,17 @@ def codec_work(config: VQVAEConfig, frames: int, grid: tuple[int, int]) -> int:
 
 
 def stage_costs(
-    config: CogVideoConfig, plan: Plan, dtype: torch.dtype, *, text_len: int | None = None, samples: int = 1
+    config: CogVideoConfig,
+    plan: Plan,
+    dtype: torch.dtype,
+    *,
+    text_len: int | None = None,
+    samples: int = 1,
+    on_cpu: bool = False,
 ) -> list[StageCost]:
     """The stages of `plan` for `samples` videos at once, in order. `text_len` counts the tokens of a prompt
-    with its template (default: what the model was trained with)."""
+    with its template (default: what the model was trained with). On the CPU steps of small nets have copies
+    of their weights."""
     size, text = dtype.itemsize, config.keyframes.max_text_len if text_len is None else text_len
     sampling, base = plan.sampling, config.keyframes
     missing = max(0, plan.num_keyframes - 1)
@@ -385,6 +393,15 @@ def stage_costs(
     for name, fine in _fine_stages(config, plan):
         costs.append(_fine_cost(name, fine, plan.num_frames * samples, size))
         grid = fine.fine_grid
+    if on_cpu:
+        nets = {"keyframes": config.keyframes, "interpolation": config.interpolation}
+        first = "model/first_frame"
+        costs = [
+            replace(cost, work=cost.work + copied_bytes(nets[cost.net], dtype, base_only=cost.name == first))
+            if cost.net in nets
+            else cost
+            for cost in costs
+        ]
     return [*costs, _codec_cost(config.vqvae, plan.num_frames, samples, grid)]
 
 
@@ -425,6 +442,18 @@ def _token_cost(name: str, net: str, stages: list[TokenStage], size: int) -> Sta
         work=max(works),
         shared=(whole - own) * size if net == "interpolation" else 0,
     )
+
+
+def copied_bytes(config: TransformerConfig, dtype: torch.dtype, *, base_only: bool) -> int:
+    """Of the weights that `fast_decode` copies for a generation on the CPU; 0 where it does not."""
+    head = config.num_image_tokens * config.hidden_size
+    dual = config.temporal != "none"
+    whole, used = (
+        (config.num_layers * block_params(config, channels=channels, mix=channels > 1) + head)
+        * dtype.itemsize
+        for channels in (1 + dual, 1 + (dual and not base_only))
+    )
+    return used if fast_decode.pays(config.hidden_size, whole, dtype) else 0
 
 
 def _fine_stages(config: CogVideoConfig, plan: Plan) -> Iterator[tuple[str, SuperResolutionConfig]]:

@@ -32,9 +32,14 @@ def applies(model: CogVideoTransformer) -> bool:
     weight = model.word_embeddings.weight
     if weight.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if not FEWEST_CHANNELS <= model.config.hidden_size or packed_bytes(model) > MOST_BYTES:
+    if not pays(model.config.hidden_size, packed_bytes(model), weight.dtype):
         return False
-    return _has_packing(weight.dtype) and not (model.training or is_quantized(model)) and _is_plain(model)
+    return not (model.training or is_quantized(model)) and _is_plain(model)
+
+
+def pays(hidden_size: int, num_bytes: int, dtype: torch.dtype) -> bool:
+    """Whether a net is copied of this width, whose copies take so many bytes."""
+    return FEWEST_CHANNELS <= hidden_size and num_bytes <= MOST_BYTES and _has_packing(dtype)
 
 
 def packed_bytes(model: CogVideoTransformer) -> int:

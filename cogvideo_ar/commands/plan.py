@@ -150,11 +150,11 @@ def _rungs(
                 words = [f"--dtype {_word(kind)}" if kind != dtype else ""]
                 words += [f"--offload {mode}" if mode != options.offload else ""]
                 words += [f"--set max_batch={batch}" if batch != most else ""]
-                yield _rung(config, plan, kind, mode, batch, " ".join(filter(None, words)), options)
+                yield _rung(config, plan, kind, mode, batch, " ".join(filter(None, words)), options, device)
     if plan.fine_draw is not None:
         small = replace(plan, fine_draw=None, refinement=())
         words = [f"--offload {modes[-1]}" if modes[-1] != options.offload else "", "--super_resolution none"]
-        yield _rung(config, small, dtypes[-1], modes[-1], 1, " ".join(filter(None, words)), options)
+        yield _rung(config, small, dtypes[-1], modes[-1], 1, " ".join(filter(None, words)), options, device)
 
 
 def _rung(
@@ -165,9 +165,11 @@ def _rung(
     max_batch: int,
     flags: str,
     options: argparse.Namespace,
+    device: Device,
 ) -> Rung:
     from cogvideo_ar.costs import stage_costs
 
     chosen = replace(plan, sampling=replace(plan.sampling, max_batch=max_batch))
-    stages = stage_costs(config, chosen, dtype, text_len=options.text_len, samples=options.batch)
+    counts = {"text_len": options.text_len, "samples": options.batch}
+    stages = stage_costs(config, chosen, dtype, **counts, on_cpu=device.name == "cpu")
     return Rung(flags=flags, mode=mode, dtype=dtype, stages=stages)

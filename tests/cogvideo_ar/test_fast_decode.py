@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cogvideo_ar import fast_decode
 from cogvideo_ar.config import cogvideo
-from cogvideo_ar.costs import cache_bytes, transformer_params
+from cogvideo_ar.costs import cache_bytes, copied_bytes, transformer_params
 from cogvideo_ar.generation import generate_tokens
 from cogvideo_ar.layout import frame_slots, image_layout, interpolation_layout, keyframe_layout
 from cogvideo_ar.sampling import CogLMSampler
@@ -170,6 +170,18 @@ def test_the_copies_are_as_large_as_what_they_copy(monkeypatch: pytest.MonkeyPat
     copied = held()
     monkeypatch.setattr(fast_decode, "MOST_BYTES", 0)
     assert copied - held() == pytest.approx(fast_decode.packed_bytes(model), rel=0.1)
+
+
+def test_the_plan_of_a_small_net_on_the_cpu_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = calm_model(config := tiny_config(num_heads=8, head_dim=16))
+    whole, first = (copied_bytes(config, torch.float32, base_only=base_only) for base_only in (False, True))
+    assert whole == fast_decode.packed_bytes(model) > first > 0
+    assert copied_bytes(config, torch.float16, base_only=False) == 0
+    monkeypatch.setattr(fast_decode, "FEWEST_CHANNELS", config.hidden_size + 1)
+    assert copied_bytes(config, torch.float32, base_only=False) == 0
+    monkeypatch.setattr(fast_decode, "FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(fast_decode, "MOST_BYTES", whole - 1)
+    assert copied_bytes(config, torch.float32, base_only=True) == 0
 
 
 def test_decoding_without_copies_holds_little_beside_weights_and_cache(
