@@ -34,6 +34,7 @@ from shared.video import Video
 
 FORMAT = 1  # of sidecars; part of every settings hash
 FILE_SUFFIXES = (".mp4", ".gif", ".mkv")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # of an image to begin with
 INDEX = "run.json"
 MAX_VIDEOS = 100_000
 Write = Callable[[str], object]

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from cogvideo_ar.part_paths import PartPaths, add_part_flags, chosen_parts
 from shared.config_cli import override_all
 from shared.errors import SettingError
-from shared.generation_cli import Item, Order, add_generation_flags, read_prompts, run_generation
+from shared.generation_cli import (
+    IMAGE_SUFFIXES,
+    Item,
+    Order,
+    add_generation_flags,
+    read_prompts,
+    run_generation,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +29,6 @@ if TYPE_CHECKING:
     from cogvideo_ar.pipeline import CogVideoPipeline
     from cogvideo_ar.translation import Translation
     from shared.video import Video
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 # fmt: off

@@ -92,16 +92,19 @@ def keyframe_sample(clips: TokenClips, rng: np.random.Generator, num_frames: int
     index = int(rng.integers(len(clips)))
     length = int(rng.choice(list(CLIP_LENGTHS), p=list(CLIP_LENGTHS.values())))
     stride = lowest_rate(length, num_frames)
-    return _cut(clips, index, stride, num_frames, rng)
+    return sample_at(clips, index, stride, num_frames, rng)
 
 
 def interpolation_sample(clips: TokenClips, rng: np.random.Generator, num_frames: int) -> Sample:
     """Stage 2: five frames at one of the rates that a recursion from the lowest rate passes through."""
     stride = int(rng.choice([s for s in STRIDES if s < max(STRIDES)]))
-    return _cut(clips, int(rng.integers(len(clips))), stride, num_frames, rng)
+    return sample_at(clips, int(rng.integers(len(clips))), stride, num_frames, rng)
 
 
-def _cut(clips: TokenClips, index: int, stride: int, num_frames: int, rng: np.random.Generator) -> Sample:
+def sample_at(
+    clips: TokenClips, index: int, stride: int, num_frames: int, rng: np.random.Generator
+) -> Sample:
+    """`num_frames` frames of one clip, `stride` apart, from a random one on."""
     span = (num_frames - 1) * stride + 1
     first = int(rng.integers(clips.tokens.shape[1] - span + 1))
     frames = clips.tokens[index, first : first + span : stride]

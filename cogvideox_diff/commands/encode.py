@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogvideox_diff.commands.generate import IMAGE_SUFFIXES
 from shared.errors import OutputPathError, SettingError
+from shared.generation_cli import IMAGE_SUFFIXES, check_writable
 from shared.verbs import add_output_flags, say
 
 if TYPE_CHECKING:
@@ -95,8 +95,6 @@ def read_clip(path: Path, fps: float, max_frames: int | None) -> Video:
 
 def check_output(path: Path, suffixes: tuple[str, ...], overwrite: bool) -> None:
     """SettingError for another kind of file, OutputPathError where it cannot be written."""
-    from shared.generation_cli import check_writable
-
     if path.suffix.lower() not in suffixes:
         raise SettingError(f"cannot write {path.name}; legal: a name that ends in {', '.join(suffixes)}")
     if path.exists() and not overwrite:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.config_cli import override_all
 from shared.errors import OutOfMemoryError, SettingError, UserError
-from shared.generation_cli import Order, add_generation_flags, run_generation
+from shared.generation_cli import IMAGE_SUFFIXES, Order, add_generation_flags, run_generation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from cogvideox_diff.planning import CallSettings
     from shared.protocol import GenerationRequest, GenerationResult
     from shared.video import Video
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

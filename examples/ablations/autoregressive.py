@@ -33,7 +33,14 @@ from cogvideo_ar.layout import (
     training_batch,
 )
 from cogvideo_ar.parts import DEMO, Parts, load_parts
-from cogvideo_ar.training.data import Sample, TokenClips, duration_text, keyframe_sample, tokenize_shapes
+from cogvideo_ar.training.data import (
+    Sample,
+    TokenClips,
+    duration_text,
+    keyframe_sample,
+    sample_at,
+    tokenize_shapes,
+)
 from cogvideo_ar.training.objective import token_losses
 from cogvideo_ar.training.recipes import TEXT_DROPOUT, stage_loss
 from cogvideo_ar.transformer import CogVideoTransformer, DualChannelAttention
@@ -171,15 +178,6 @@ def one_rate_sample(clips: TokenClips, rng: np.random.Generator, num_frames: int
     """Any clip from any moment on, always at the same rate."""
     index = int(rng.integers(len(clips)))
     return sample_at(clips, index, FIXED, num_frames, rng)
-
-
-def sample_at(
-    clips: TokenClips, index: int, stride: int, num_frames: int, rng: np.random.Generator
-) -> Sample:
-    span = (num_frames - 1) * stride + 1
-    first = int(rng.integers(clips.tokens.shape[1] - span + 1))
-    frames = clips.tokens[index, first : first + span : stride]
-    return Sample(frames=frames, stride=stride, caption=clips.captions[index])
 
 
 def said(caption: shapes.Caption, rng: np.random.Generator) -> str:
