@@ -24,7 +24,7 @@ from cogvideox_diff.checkpoints import DIFFUSERS_TRANSFORMER, SAT_TRANSFORMER
 from shared import torch_files
 from shared.checkpoints import Table, convert, invert, load_metadata, load_tensors, save_tensors
 from shared.config_cli import pick
-from shared.errors import SettingError, WeightsError
+from shared.errors import SettingError, WeightsError, shown
 from shared.files import atomic_path
 from shared.json_files import parse_json
 
@@ -37,7 +37,6 @@ PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's own conf
 OWN_METADATA = "cogvideo_lab"  # rank, alpha, targets, base and notes as JSON
 SAT_ALPHA = 1.0
 UNREACHED = ("patch_embed.proj",)  # its kernel is used without calling the layer
-SHOWN = 3
 
 _PREFIXES = r"(?:base_model\.model\.|module\.|model\.(?!diffusion_model)|transformer\.)*"
 _ENTRY = {  # part: A or B (or an older word for it); index: of the pair, where several share a matrix
@@ -122,11 +121,6 @@ def base_difference(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> st
     """ "width 3072, here 1920; ..."; empty where both are the same variant."""
     keys = [key for key in found if made_for.get(key) != found[key]]
     return "; ".join(f"{key} {made_for.get(key)}, here {found[key]}" for key in keys)
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 # ---- reading

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shared.doctor.containers import NUMPY_STATE, check_file, read_header, read_index
-from shared.errors import OutputPathError, WeightsError
+from shared.errors import OutputPathError, WeightsError, shown
 from shared.files import atomic_path
 
 PLACEHOLDERS = {**dict.fromkeys("nijkm", r"\d+"), "p": "weight|bias", "name": ".+"}
@@ -36,7 +36,6 @@ PREFERRED_FILES = (
     "pytorch_model.bin",
 )
 READ_BYTES = 256 * 2**20  # of a file, between two openings of it where tensors are cast while they are read
-SHOWN = 5  # names listed in an error before "and N more"
 
 
 # ---- rules
@@ -201,12 +200,7 @@ def _fill(pattern: str, binding: Mapping[str, str]) -> str:
 
 def _describe(problems: Mapping[str, Sequence[str]]) -> str:
     """ "2 missing (a, b); 7 unmatched (c, d, e, f, g and 2 more)"; empty lists are left out."""
-    parts = []
-    for kind, names in problems.items():
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        if names:
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{more})")
-    return "; ".join(parts)
+    return "; ".join(f"{len(names)} {kind} ({shown(names)})" for kind, names in problems.items() if names)
 
 
 # ---- reading
@@ -263,7 +257,7 @@ def _find_latest(folder: Path) -> Path:
         return folder / "latest"
     found = [file for pattern in ("*/latest", "*/*/latest") for file in sorted(folder.glob(pattern))]
     if len(found) != 1:
-        names = ", ".join(str(file.parent) for file in found[:SHOWN])
+        names = shown([str(file.parent) for file in found])
         reason = f"several checkpoints ({names}); name one" if found else "no file 'latest'"
         raise WeightsError(f"{folder} is not a SAT checkpoint folder: {reason}")
     return found[0]
@@ -280,7 +274,7 @@ def _load_folder(folder: Path, device: str, dtype_of: DtypeOf) -> dict[str, Tens
     if len(files) == 1:
         return load_tensors(files[0], device=device, dtype_of=dtype_of)
     if files or indexes:
-        names = ", ".join(file.name for file in (indexes or files)[:SHOWN])
+        names = shown([file.name for file in indexes or files])
         raise WeightsError(f"{folder} holds several weight files ({names}); name one")
     if (folder / "latest").is_file():
         return load_tensors(sat_checkpoint_file(folder), device=device, dtype_of=dtype_of)

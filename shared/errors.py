@@ -1,5 +1,14 @@
 """Errors that a user can cause, each with the process exit code that the command line ends with."""
 
+from collections.abc import Sequence
+
+SHOWN = 5  # names listed in a message before "and N more"
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
 
 class UserError(ValueError):
     """A mistake that the user can mend; printed as one line, never as a traceback."""

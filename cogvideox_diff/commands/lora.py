@@ -29,13 +29,12 @@ from cogvideox_diff.lora_files import (
     fit,
     read_adapter,
     save_sat,
-    shown,
     write_adapter,
 )
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.checkpoints import convert, load_tensors, save_tensors
 from shared.config_cli import pick
-from shared.errors import OutputPathError, SettingError, WeightsError
+from shared.errors import OutputPathError, SettingError, WeightsError, shown
 from shared.model_folder import without_memory
 from shared.verbs import say
 

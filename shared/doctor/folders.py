@@ -10,13 +10,12 @@ from pathlib import Path
 from shared.doctor.containers import check_file, leaves, read_index
 from shared.doctor.report import Finding, bad, note
 from shared.doctor.sums import refetch
-from shared.errors import WeightsError
+from shared.errors import SHOWN, WeightsError, shown
 
 WEIGHTS = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}
 PARTIAL = {".part", ".incomplete", ".crdownload", ".aria2", ".tmp"}
 TEXT_POINTERS = {".model", ".json", ".npy"}  # no weights, but kept by Git LFS too
 MAX_FILES = 10_000
-SHOWN = 5
 LFS = b"version https://git-lfs"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors|\.bin)")
 
@@ -85,13 +84,13 @@ def _check_index(index: Path, fetch: Fetch) -> Iterator[Finding]:
         return
     absent = [shard for shard in shards if not shard.is_file()]
     if absent:
-        names = _listed([shard.name for shard in absent])
+        names = shown([shard.name for shard in absent])
         step = _each(absent, fetch)
         yield bad(f"{index}: {len(absent)} of {len(shards)} shards are absent ({names}); fetch them", step)
     series = [file for file in index.parent.iterdir() if _SHARD.fullmatch(file.name)]
     stem = index.name.removesuffix(".index.json").rpartition(".")[0]
     if extra := sorted(f.name for f in series if f.name.startswith(f"{stem}-") and f not in shards):
-        yield note(f"{index} does not name {_listed(extra)}: not part of the model, and not read")
+        yield note(f"{index} does not name {shown(extra)}: not part of the model, and not read")
 
 
 def _check_series(folder: Path, fetch: Fetch) -> Iterator[Finding]:
@@ -107,7 +106,7 @@ def _check_series(folder: Path, fetch: Fetch) -> Iterator[Finding]:
             continue
         left = sorted(set(range(1, count + 1)) - numbers)
         absent = [index, *(folder / f"{stem}-{number:05d}-of-{count:05d}{end}" for number in left)]
-        names = _listed([file.name for file in absent])
+        names = shown([file.name for file in absent])
         yield bad(
             f"{folder} has shards, but not all of them and their index: {names} absent", _each(absent, fetch)
         )
@@ -116,10 +115,6 @@ def _check_series(folder: Path, fetch: Fetch) -> Iterator[Finding]:
 def _each(files: list[Path], fetch: Fetch) -> str:
     steps = [step for step in map(fetch, files[:SHOWN]) if step]
     return " && ".join(steps)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _pull(file: Path, fetch: Fetch) -> str:
