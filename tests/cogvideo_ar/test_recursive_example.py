@@ -13,14 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.clips import motion, shapes
+from shared.clips import shapes
 from shared.video import Video
 
 FILE = Path(__file__).parents[2] / "examples" / "recursive_interpolation.py"
 
 
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
+def load() -> ModuleType:
     spec = importlib.util.spec_from_file_location("recursive_interpolation", FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -29,22 +28,25 @@ def example() -> ModuleType:
     return module
 
 
+example = load()
+
+
 def paths(order: list[int]) -> list[Tensor]:
     """Of true clips, their frames in this order."""
     random = np.random.default_rng(3)
     captions = [c for c in shapes.prompts("heldout", 60) if c.speed == "quickly"][:8]
     clips = [(c, shapes.render(shapes.draw_scene(random, caption=c))) for c in captions]
-    return [motion.path_of(Video(frames=v.frames[order], fps=v.fps), c.motion) for c, v in clips]
+    return [example.path_of(Video(frames=v.frames[order], fps=v.fps), c.motion) for c, v in clips]
 
 
 def test_centres_are_the_drawn_ones():
     scene = shapes.draw_scene(np.random.default_rng(1))
-    found = motion.centres(shapes.render(scene, num_frames=1))
+    found = example.centres(shapes.render(scene, num_frames=1))
     assert torch.allclose(found, torch.tensor([scene.start]), atol=0.5)
 
 
 def test_true_motion_is_between_and_half_way():
-    rounds = list(motion.rounds_of(paths([*range(17)]), 2))
+    rounds = list(example.rounds_of(paths([*range(17)]), 2))
     assert [(r.frames, len(r.new)) for r in rounds] == [(9, 32), (17, 64)]
     for made in rounds:
         assert made.between == made.in_box == 1.0
@@ -54,11 +56,11 @@ def test_true_motion_is_between_and_half_way():
 def test_motion_out_of_order_fails():
     """Every odd frame is taken from another moment."""
     order = [i if i % 2 == 0 else (i + 6) % 16 for i in range(17)]
-    finest = list(motion.rounds_of(paths(order), 2))[-1]
+    finest = list(example.rounds_of(paths(order), 2))[-1]
     assert finest.between < 0.2 and finest.in_box < 0.2
 
 
-def test_the_demo_model_interpolates(example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_the_demo_model_interpolates(monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "--num_prompts", "2", "--rounds", "1"])
     example.main()
     said = capsys.readouterr().out
@@ -71,11 +73,11 @@ def test_the_demo_model_interpolates(example: ModuleType, monkeypatch: pytest.Mo
     [(8, 0.85), pytest.param(32, 0.9, marks=[pytest.mark.slow, pytest.mark.campaign])],
     ids=["few", "all"],
 )
-def test_motion_lies_between_its_neighbours(example: ModuleType, num_prompts: int, least: float):
+def test_motion_lies_between_its_neighbours(num_prompts: int, least: float):
     """The demo model, 5 to 33 frames. All 32 prompts give the figure of docs/cogvideo.md."""
     rounds, tokens = example.run("demo", num_prompts, 3)
     assert [made.frames for made in rounds] == [9, 17, 33]
     assert [len(made.new) for made in rounds] == [4 * num_prompts, 8 * num_prompts, 16 * num_prompts]
     assert tokens == (4 + 8 + 16) * 64
-    assert motion.share_between(rounds) >= least, [made.between for made in rounds]
+    assert example.share_between(rounds) >= least, [made.between for made in rounds]
     assert 0.3 < median(place for made in rounds for place in made.places) < 0.7  # no copies of a neighbour
