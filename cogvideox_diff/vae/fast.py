@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 STRIP_BYTES = {"cpu": 2**25}  # of a strip's buffer, by device
 OTHER_STRIP_BYTES = 2**27
-WINOGRAD_STRIP_BYTES = 2**23  # what is made of it should stay in the cache
+WINOGRAD_STRIP_BYTES = 3 * 2**22  # what is made of it should stay in the cache
 HALF_BY_WINOGRAD_ONLY = ("cpu",)  # devices where other strips of half precision are slower than plain layers
 FEWEST_PLACES = {torch.float32: 4}  # per channel, for Winograd's algorithm; half precision's own is quicker
 OTHER_FEWEST_PLACES = 40

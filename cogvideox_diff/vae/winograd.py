@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shared.cpu_linear import quick_linear
+from shared.threads import side_by_side
 
 TILE = 4  # places of the result along each side
 HALO = 2  # more of the input
@@ -42,31 +43,35 @@ def convolve(
     _, _, back = _matrices()
     rows, columns = ((n - HALO) // TILE for n in x_THWC.shape[1:3])
     num_frames, height, width, channels = out_THWO.shape
-    products = _multiply(_transform_tiles(x_THWC, rows, columns), kernel)
+    products = _multiply(_transform_tiles(x_THWC, rows, columns), kernel).view(len(kernel), rows, -1)
     bias = torch.zeros(()) if bias_O is None else bias_O.float()
-    for top, product in zip(
-        range(0, height, TILE), products.view(len(kernel), rows, -1).unbind(1), strict=True
-    ):
-        places = quick_linear(back, product.contiguous().t())
+
+    def put(row: int) -> None:
+        places = quick_linear(back, products[:, row].contiguous().t())
         places = places.view(TILE, TILE, columns, num_frames, channels).permute(3, 0, 2, 1, 4)
-        result = out_THWO[:, top : top + TILE]
+        result = out_THWO[:, TILE * row : TILE * (row + 1)]
         if add:
             places += bias
         if width % TILE:
             places = places.flatten(2, 3)[:, :, :width]
         else:
             result = result.unflatten(2, (columns, TILE))
-        places = places[:, : height - top]
+        places = places[:, : height - TILE * row]
         _ = result.add_(places) if add else torch.add(places, bias, out=result)
+
+    side_by_side(put, -(-height // TILE))
 
 
 def _multiply(tiles: Tensor, kernel: Tensor) -> Tensor:
     """[36, places, T + 2, C] and [36, O, 3 * C] -> [36, places * T, O]."""
-    windows = (tile.unfold(1, TAPS, 1).transpose(2, 3).flatten(2).flatten(0, 1) for tile in tiles)
     num_windows = tiles.shape[1] * (tiles.shape[2] - TAPS + 1)
     products = torch.empty(len(kernel), num_windows, kernel.shape[1])
-    for i, window in enumerate(windows):
-        products[i] = quick_linear(window, kernel[i])
+
+    def multiply(i: int) -> None:
+        windows = tiles[i].unfold(1, TAPS, 1).transpose(2, 3).flatten(2).flatten(0, 1)
+        products[i] = quick_linear(windows, kernel[i])
+
+    side_by_side(multiply, len(kernel))
     return products
 
 

@@ -105,15 +105,19 @@ def test_quick_linear(gelu: bool) -> None:
 # ---- VAE
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("channels", [(3, 5), (32, 48)])
-def test_winograds_convolution(channels: tuple[int, int]) -> None:
+def test_winograds_convolution(channels: tuple[int, int], threads: int) -> None:
     conv = nn.Conv3d(channels[0], channels[1], 3)
     x_CTHW = torch.randn(channels[0], 5, 10, 14)
     exact = copy.deepcopy(conv).double()(x_CTHW[None].double())[0].movedim(0, -1).detach()
     out = torch.empty(3, 8, 12, channels[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     with torch.no_grad():
         kernel = winograd.transform_kernel(conv.weight)
         winograd.convolve(x_CTHW.movedim(0, -1).contiguous(), kernel, conv.bias, out)
+    torch.set_num_threads(before)
     assert error(out, exact) < 3e-6
 
 
