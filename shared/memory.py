@@ -138,7 +138,13 @@ def _key(x: Tensor) -> int:
 @torch.no_grad()
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most bytes that tensors made by `run` hold at once. On the meta device this costs no memory and
-    next to no time; what libraries use inside an operator is not seen."""
-    with _LiveBytes() as live:
-        run()
+    next to no time; what libraries use inside an operator is not seen, nor what other threads of Python make:
+    meanwhile torch has one (`shared.threads`)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _LiveBytes() as live:
+            run()
+    finally:
+        torch.set_num_threads(threads)
     return live.peak

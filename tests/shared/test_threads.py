@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from shared.memory import peak_bytes
 from shared.threads import side_by_side
 
 
@@ -60,3 +61,9 @@ def test_a_fork_makes_its_own_threads(threads: int) -> None:
     child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+def test_memory_is_counted_wherever_it_is_made(threads: int) -> None:
+    kept = []
+    assert peak_bytes(lambda: side_by_side(lambda i: kept.append(torch.zeros(1000)), 4)) == 16000
+    assert torch.get_num_threads() == threads
