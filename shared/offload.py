@@ -36,11 +36,18 @@ def tensor_bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
+def is_called(module: nn.Module) -> bool:
+    """Whether it has a forward; else it only holds others, which are called one by one."""
+    return type(module).forward is not nn.Module.forward
+
+
 def blocks_of(net: nn.Module) -> list[nn.Module]:
-    """The items of the outermost module lists: what a net runs one after the other."""
+    """The items of the outermost module lists: what a net runs one after the other. For an item that is not
+    called (the VAE's levels) stand those of its own lists: nothing would happen at its turn."""
     blocks: list[nn.Module] = []
     for child in net.children():
-        blocks += child if isinstance(child, nn.ModuleList) else blocks_of(child)
+        is_block = isinstance(net, nn.ModuleList) and is_called(child)
+        blocks += [child] if is_block else blocks_of(child)
     return blocks
 
 

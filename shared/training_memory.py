@@ -17,16 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from shared.offload import blocks_of
+
 Recompute = Literal["none", "block", "selective"]
 RECOMPUTE = ("none", "block", "selective")
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The elements of the model's outermost lists of modules, in order: the blocks of a transformer."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
-    return found
 
 
 @contextmanager

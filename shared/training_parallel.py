@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from shared.distributed import Launch, ParallelContext, check_degree, divisors, started
 from shared.errors import SettingError
-from shared.training_memory import Recompute, blocks_of
+from shared.offload import blocks_of, is_called
+from shared.training_memory import Recompute
 
 Parallelism = Literal["none", "ddp", "fsdp"]
 PARALLEL = ("none", "ddp", "fsdp")
@@ -160,7 +161,7 @@ def nets_of(model: nn.Module) -> list[nn.Module]:
 
     SettingError for a container with parameters of its own, which nobody would gather.
     """
-    if type(model).forward is not nn.Module.forward:
+    if is_called(model):
         return [model]
     if any(True for _ in model.parameters(recurse=False)):
         raise SettingError(f"{type(model).__name__} has parameters but no forward: fsdp cannot gather them")

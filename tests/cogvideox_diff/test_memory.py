@@ -19,6 +19,8 @@ from cogvideox_diff import CogVideoXPipeline
 from cogvideox_diff.config import PRESETS, CogVideoXConfig
 from cogvideox_diff.memory import Savers, advice, choose_savers, native_plan, net_bytes, resolve_savers
 from cogvideox_diff.model_files import PARTS, Part, empty_net, write_model
+from cogvideox_diff.vae.blocks import Downsample, ResBlock, Upsample
+from cogvideox_diff.vae.causal_conv import CausalConv3d
 from shared.errors import OutOfMemoryError, SettingError
 from shared.offload import Placement, Weights
 from tests.cogvideox_diff.tiny_pipeline import PROMPT, clip, make, picture, tiny_config, write_tokenizer
@@ -60,6 +62,27 @@ def test_offload_changes_nothing(spiece: Path, variant: str, task: str, mode: st
     blocks, whole = Weights.of([net.blocks[0]]).nbytes, Weights.of([net]).nbytes
     held = max(pipe.engine.placement.peak_bytes, Weights.of([pipe.parts.vae]).nbytes)
     assert held >= whole - (blocks if mode == "sequential" else 0)
+
+
+def test_every_layer_of_the_vae_computes_with_copies(spiece: Path) -> None:
+    """What waits is on another device, unlike here."""
+    pipe = force(make("5b", spiece), "sequential")
+    vae, placement = pipe.parts.vae, pipe.engine.placement
+    waiting = {x.data_ptr() for x in vae.parameters()}
+    ran: dict[nn.Module, bool] = {}
+    for part in vae.modules():
+        if isinstance(part, ResBlock | Downsample | Upsample | CausalConv3d):
+            part.register_forward_hook(
+                lambda part, *call: ran.update(
+                    {part: waiting.isdisjoint(x.data_ptr() for x in part.parameters())}
+                )
+            )
+    pipe.codec.decode(pipe.codec.encode(clip()), fps=8)
+    assert all(ran.values())
+    assert {
+        part for part in vae.modules() if isinstance(part, ResBlock | Downsample | Upsample)
+    } <= ran.keys()
+    assert placement.peak_bytes < 0.8 * Weights.of([vae]).nbytes
 
 
 def test_offload_with_adapters(spiece: Path, tmp_path: Path) -> None:

@@ -107,11 +107,17 @@ def test_where_the_cpu_computes_nothing_is_copied() -> None:
 
 
 def test_blocks_are_the_items_of_outermost_lists() -> None:
-    net = nn.Module()
-    net.outer = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
-    net.outer[0].inner = nn.ModuleList([nn.Linear(2, 2)])
-    assert blocks_of(net) == [net.outer[0]]
+    inner = nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]))
+    outer = nn.ModuleDict({"a": nn.ModuleList([inner]), "b": nn.Sequential(nn.Linear(2, 2))})
+    assert blocks_of(outer) == [inner]
     assert tensor_bytes(torch.zeros(3, dtype=torch.float16)) == 6
+
+
+def test_for_items_that_are_not_called_stand_their_own() -> None:
+    level, nested = nn.Module(), nn.ModuleList([nn.Linear(2, 2)])
+    level.blocks, level.last = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.Linear(2, 2)
+    net = nn.ModuleDict({"levels": nn.ModuleList([level, nested])})
+    assert blocks_of(net) == [*level.blocks, *nested]
 
 
 def test_an_unknown_mode_names_the_legal_ones() -> None:

@@ -26,8 +26,9 @@ from cogvideox_diff.config import TransformerConfig
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.distributed import ParallelContext
 from shared.errors import SettingError
+from shared.offload import blocks_of
 from shared.training import Interrupted, Logs, TrainConfig, recipe_of, train
-from shared.training_memory import RECOMPUTE, Recompute, blocks_of, recomputed
+from shared.training_memory import RECOMPUTE, Recompute, recomputed
 from shared.training_parallel import Strategy, nets_of, whole_state
 from shared.training_state import TrainState, newest
 from shared.video import Video
@@ -252,13 +253,6 @@ def test_blocks_are_as_before_afterwards() -> None:
         assert "blocks.0.mlp.fc1.weight" in model.state_dict()  # names stay
     assert len(blocks_of(model)) == 3
     assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_only_outermost_lists_are_blocks() -> None:
-    inner = nn.Module()
-    inner.parts = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
-    outer = nn.ModuleDict({"a": nn.ModuleList([inner]), "b": nn.Sequential(nn.Linear(1, 1))})
-    assert blocks_of(outer) == [inner]
 
 
 # ---- what is shown
