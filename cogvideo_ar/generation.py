@@ -34,12 +34,18 @@ class GreedySampler:
         return logits_BV.argmax(1)
 
 
+def _ignore(_: float) -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageSamplers:
-    """The samplers of a run: one for the first frame, one for everything else."""
+    """The samplers of a run: one for the first frame, one for everything else. `count` is told how many
+    tokens have been drawn."""
 
     first_frame: TokenSampler
     default: TokenSampler
+    count: Callable[[float], None] = _ignore
 
 
 def build_samplers(config: SamplingConfig, cluster_labels: Tensor | None) -> StageSamplers:
@@ -58,7 +64,8 @@ def build_samplers(config: SamplingConfig, cluster_labels: Tensor | None) -> Sta
 
 def draw_uniforms(generators: Sequence[torch.Generator], *size: int) -> Tensor:
     """All random numbers of a stage at once, one CPU generator per sample: float64 [B, *size, 2]. A
-    sample's numbers do not depend on what else is in the batch, nor on how it is cut."""
+    sample's numbers do not depend on what else is in the batch, nor on how it is cut. To be moved to the
+    model's device as a whole: a copy for every token would wait for the device."""
     return torch.stack([torch.rand(*size, 2, generator=g, dtype=torch.float64) for g in generators])
 
 

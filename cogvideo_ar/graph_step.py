@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Compile = Literal["none", "graph"]
 COMPILES: tuple[str, ...] = get_args(Compile)
 BUCKET = 256  # keys
-RARE = 2  # steps of a shape that run as they are before it is recorded, which costs as much as some of them
+RARE = 2  # a shape's first steps run uncaptured: recording costs several steps
 
 
 def check_compile(chosen: str, device: torch.device, *, offload: str = "none") -> None:

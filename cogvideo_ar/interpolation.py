@@ -63,7 +63,7 @@ def interpolate_round(
     given = cut_blocks(frames_BMS, num_given)
     num_blocks = given.shape[1]
     targets = (model.config.num_frames - num_given) * model.config.frame_len
-    uniforms = draw_uniforms(generators, num_blocks, targets).flatten(0, 1)
+    uniforms = draw_uniforms(generators, num_blocks, targets).flatten(0, 1).to(frames_BMS.device)
     block_texts = [text for text in texts for _ in range(num_blocks)]
     forced_KT = None if known_BMS is None else cut_targets(known_BMS, model.config.num_frames)
     done = [
@@ -99,6 +99,7 @@ def _generate_blocks(
     layout = interpolation_layout(model.config, max(map(len, texts)))
 
     def sample(logits: Tensor, number: int) -> Tensor:
+        samplers.count(len(logits))
         drawn = samplers.default.sample(logits, uniforms[:, number])
         return drawn if forced is None else forced[:, number].where(forced[:, number] >= 0, drawn)
 

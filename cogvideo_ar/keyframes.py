@@ -29,16 +29,17 @@ def generate_first_frames(
     """One frame per prompt, int64 [B, 1, S]; one CPU generator per prompt."""
     texts = [prompt_tokens(config.prompts.first_frame, tokenizer, prompt=prompt) for prompt in prompts]
     layout = image_layout(model.config, max(map(len, texts)))
-    uniforms = draw_uniforms(generators, layout.frame_len)
+    device = model.word_embeddings.weight.device
+    uniforms = draw_uniforms(generators, layout.frame_len).to(device)
     last = layout.frame_len - 1
 
     def sample(logits: Tensor, number: int) -> Tensor:
+        samplers.count(len(logits))
         # Quirk(first_frame_last_token): the release changes samplers one token early
         early = config.compat == "release" and number == last
         sampler = samplers.default if early else samplers.first_frame
         return sampler.sample(logits, uniforms[:, number])
 
-    device = model.word_embeddings.weight.device
     nothing = torch.empty(len(texts), 0, layout.frame_len, dtype=torch.long, device=device)
     return generate_tokens(
         model, layout, texts, nothing, sample, text_weight=config.log_text_attention_weights
@@ -68,18 +69,23 @@ def generate_keyframes(
     text_len, num_given = max(map(len, texts)), given_BGS.shape[1]
     layout = keyframe_layout(model.config, text_len, num_frames=num_frames, num_given=num_given)
     targets = (layout.num_frames - layout.num_given) * layout.frame_len
-    uniforms = draw_uniforms(generators, targets)
-    generate = generate_tokens_in_waves
-    if model.config.temporal == "full":  # it depends on whole frames: nothing to be gained by waves
-        guess = len(prompts) == 1 and num_given > 0
-        generate = generate_tokens_with_guesses if guess else generate_tokens
-    return generate(
-        model,
-        layout,
-        texts,
-        given_BGS,
-        lambda logits, number: samplers.default.sample(logits, uniforms[:, number]),
-        guidance_alpha=config.guidance_alpha if guided else None,
-        text_weight=0.0 if guided else config.log_text_attention_weights,
-        release=config.compat == "release",
-    )
+    uniforms = draw_uniforms(generators, targets).to(given_BGS.device)
+
+    def sample(logits: Tensor, number: int) -> Tensor:
+        samplers.count(len(logits))
+        return samplers.default.sample(logits, uniforms[:, number])
+
+    def sample_run(logits_PV: Tensor, first: int) -> Tensor:
+        return samplers.default.sample(logits_PV, uniforms[0, first : first + len(logits_PV)])
+
+    options = {
+        "guidance_alpha": config.guidance_alpha if guided else None,
+        "text_weight": 0.0 if guided else config.log_text_attention_weights,
+        "release": config.compat == "release",
+    }
+    given = (model, layout, texts, given_BGS)
+    if model.config.temporal != "full":
+        return generate_tokens_in_waves(*given, sample, **options)
+    if len(prompts) > 1 or num_given == 0:  # it depends on whole frames: nothing to be gained by waves
+        return generate_tokens(*given, sample, **options)
+    return generate_tokens_with_guesses(*given, sample_run, count=samplers.count, **options)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shared.runtime import check_finite
+
 INVALID_LOGIT = -65504.0  # as upstream: the lowest float16, which no softmax in use gives any weight
 TokenRange = tuple[int, int | None]  # first token, and the one behind the last (None: to the end)
 
@@ -49,20 +51,25 @@ class CogLMSampler:
             self._set_labels(labels)
 
     def sample(self, logits_BV: Tensor, randomness: Sequence[torch.Generator] | Tensor) -> Tensor:
-        """One token per row, int64 [B]; `randomness`: a CPU generator per row, or uniforms [B, 2] below 1."""
+        """One token per row, int64 [B]; `randomness`: a CPU generator per row, or uniforms [B, 2] below 1.
+        OutputCheckError where logits are not finite."""
         z_BV = self._scaled(logits_BV)
         uniforms = randomness if isinstance(randomness, Tensor) else draw_uniforms(randomness)
         if uniforms.shape != (len(z_BV), 2):
             raise ValueError(f"randomness must be [{len(z_BV)}, 2] uniforms, got {list(uniforms.shape)}")
-        uniforms = uniforms.to(z_BV)
+        finite = z_BV.sum().isfinite()
+        tokens_B = self._draw(z_BV, uniforms.to(z_BV))
+        if not finite:  # asked last: a device has the whole draw to do before it is waited for
+            check_finite("image logits over the temperature", z_BV)
+        return tokens_B
+
+    def _draw(self, z_BV: Tensor, uniforms_B2: Tensor) -> Tensor:
+        """Tokens [B]; any of them where the logits are not finite."""
         masses_BM, kept_BM = self._kept(z_BV)
-        if not bool(masses_BM[:, 0].isfinite().all()):
-            bad = (~masses_BM[:, 0].isfinite()).nonzero()[:, 0].tolist()
-            raise ValueError(f"logits of rows {bad} are not finite")
-        cluster_B = kept_BM.gather(1, draw_index(masses_BM, uniforms[:, 0])[:, None])[:, 0]
+        cluster_B = kept_BM.gather(1, draw_index(masses_BM, uniforms_B2[:, 0])[:, None])[:, 0]
         if self.order_V is None:
             return cluster_B
-        return self.order_V[self._draw_within(z_BV, cluster_B, uniforms[:, 1])]
+        return self.order_V[self._draw_within(z_BV, cluster_B, uniforms_B2[:, 1])]
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """Exact probability of every token, float64 [B, V]: its cluster's share of the kept mass, times the
@@ -115,7 +122,7 @@ class CogLMSampler:
         place_BS = start_B1 + torch.arange(self.largest, device=z_BV.device)
         z_BS = z_BV.gather(1, place_BS.clamp(max=z_BV.shape[1] - 1)) / self.temperature2
         inside_BS = z_BS.masked_fill(place_BS >= stop_B1, -torch.inf).softmax(1)
-        return start_B1[:, 0] + draw_index(inside_BS, uniform_B)
+        return (start_B1[:, 0] + draw_index(inside_BS, uniform_B)).clamp_(max=z_BV.shape[1] - 1)
 
     def _within(self, z_BV: Tensor, cluster_B: Tensor) -> Tensor:
         """Probabilities [B, V] of the sorted tokens given each row's cluster."""
@@ -153,11 +160,11 @@ def cluster_codebook(codebook: Tensor, num_clusters: int, seed: int, *, max_roun
 
 
 def draw_index(weights_BN: Tensor, uniform_B: Tensor) -> Tensor:
-    """Index [B] by inverse CDF; an entry of weight 0 is never returned."""
+    """Index [B] by inverse CDF; an entry of weight 0 is never returned, but the last if no sum is above 0."""
     sums_BN = weights_BN.cumsum(1)
     total_B = sums_BN[:, -1]
     target_B = torch.minimum(uniform_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-    return torch.searchsorted(sums_BN, target_B[:, None], right=True)[:, 0]
+    return torch.searchsorted(sums_BN, target_B[:, None], right=True)[:, 0].clamp_(max=sums_BN.shape[1] - 1)
 
 
 def _spread_centres(points: Tensor, num_clusters: int, seed: int) -> Tensor:
@@ -170,7 +177,7 @@ def _spread_centres(points: Tensor, num_clusters: int, seed: int) -> Tensor:
         last = picks[-1]
         nearest = nearest.minimum(squares + squares[last] - 2 * (points @ points[last])).clamp(min=0)
         nearest[last] = 0
-        picks.append(min(int(draw_index(nearest[None], uniform[None])), len(points) - 1))
+        picks.append(int(draw_index(nearest[None], uniform[None])))
     return points[picks]
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cogvideo_ar.continuation import Prefix, known_tokens
-from cogvideo_ar.generation import StageSamplers, TokenSampler, build_samplers
+from cogvideo_ar.generation import TokenSampler, build_samplers
 from cogvideo_ar.interpolation import interpolate
 from cogvideo_ar.keyframes import generate_first_frames, generate_keyframes
 from cogvideo_ar.memory import advice
@@ -109,7 +109,7 @@ def make_codes(parts: Parts, codec: VQVAECodec, job: Job) -> Tensor:
 def _tokens(parts: Parts, codec: VQVAECodec, job: Job) -> Tensor:
     """Codes of all frames int64 [B, M, h, w]."""
     plan = job.plan
-    samplers = _watched(build_samplers(plan.sampling, parts.cluster_labels), job.count)
+    samplers = replace(build_samplers(plan.sampling, parts.cluster_labels), count=job.count)
     known_BMS, num_given = _known(parts, codec, job), job.prefixes[0].num_keys
     frames_BMS = known_BMS[:, :: plan.key_distance][:, :num_given]
     missing = plan.num_keyframes - max(num_given, 1)
@@ -170,7 +170,7 @@ def _enlarged(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
     model = parts.super_resolution
     assert model is not None
     share = model.config.coarse_len / model.config.fine_len  # a large frame counts as much as a small one
-    sampler = _Watched(
+    sampler = _Counted(
         build_direct_sampler(model.config, parts.cluster_labels), lambda tokens: job.count(tokens * share)
     )
 
@@ -190,7 +190,7 @@ def _refined(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
     cells = sum(refined_cells(model.config))
     share = parts.config.keyframes.frame_len / cells
     samplers = [
-        _Watched(sampler, lambda tokens: job.count(tokens * share))
+        _Counted(sampler, lambda tokens: job.count(tokens * share))
         for sampler in build_pass_samplers(model.config)
     ]
 
@@ -203,18 +203,12 @@ def _refined(parts: Parts, job: Job, codes_BMhw: Tensor) -> Tensor:
         return located(model, refine, "refinement").unflatten(2, model.config.fine_grid)
 
 
-class _Watched:
-    """A sampler that refuses logits which are not finite, and counts."""
+class _Counted:
+    """A sampler that tells how many tokens it has drawn."""
 
     def __init__(self, sampler: TokenSampler, count: Callable[[float], None]) -> None:
         self.sampler, self.count = sampler, count
 
     def sample(self, logits_BV: Tensor, randomness: Tensor) -> Tensor:
         self.count(len(logits_BV))
-        return self.sampler.sample(check_finite("image logits", logits_BV), randomness)
-
-
-def _watched(samplers: StageSamplers, count: Callable[[float], None]) -> StageSamplers:
-    return StageSamplers(
-        first_frame=_Watched(samplers.first_frame, count), default=_Watched(samplers.default, count)
-    )
+        return self.sampler.sample(logits_BV, randomness)

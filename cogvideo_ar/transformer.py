@@ -334,7 +334,8 @@ class CogVideoTransformer(nn.Module):
         if state.graph is not None:
             return state.graph(tokens_BP, wave, state)
         rows = [frame * state.layout.frame_len + slot for frame, slot in wave]
-        x_BPC = self.word_embeddings(tokens_BP) + state.positions[rows]
+        # views, as numbers on the way to a device are waited for
+        x_BPC = self.word_embeddings(tokens_BP) + torch.cat([state.positions[row : row + 1] for row in rows])
         if state.quick is not None:
             return state.quick.logits(x_BPC, state.context, state.caches)
         for block, cache in zip(self.blocks, state.caches, strict=True):

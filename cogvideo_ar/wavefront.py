@@ -194,8 +194,8 @@ def generate_tokens_in_waves(
     frames_BFS[:, :, 0] = model.config.start_of_image
     frames_BFS[:, :num_given, 1:] = given_BGS
     for wave in wavefront_schedule(model.config, layout).waves:
-        frames, slots = (list(part) for part in zip(*wave, strict=True))
-        logits_RPV = model.feed(frames_BFS[:, frames, slots].repeat(groups, 1), wave, state)
+        fed_BP = torch.stack([frames_BFS[:, frame, slot] for frame, slot in wave], dim=1)
+        logits_RPV = model.feed(fed_BP.repeat(groups, 1), wave, state)
         if guidance_alpha is not None:
             logits_RPV = guide(logits_RPV[:num_samples], logits_RPV[num_samples:], guidance_alpha)
         for (frame, slot), logits_BV in zip(wave, logits_RPV.unbind(1), strict=True):

@@ -126,7 +126,7 @@ def enlarge_videos(
 ) -> Tensor:
     """Every frame of every video by its prompt, int64 [B, M, S]; one CPU generator per video."""
     num_frames = frames_BMR.shape[1]
-    uniforms = draw_uniforms(generators, num_frames, model.config.fine_len)
+    uniforms = draw_uniforms(generators, num_frames, model.config.fine_len).to(frames_BMR.device)
     texts = [prompt_tokens(config.prompts.super_resolution, tokenizer, prompt=prompt) for prompt in prompts]
     frame_texts = [text for text in texts for _ in range(num_frames)]
     fine = enlarge_frames(model, frame_texts, frames_BMR.flatten(0, 1), sampler, uniforms.flatten(0, 1))

@@ -18,6 +18,7 @@ from cogvideo_ar.layout import PromptTokenizer, pad_text, prompt_tokens, text_po
 from cogvideo_ar.sampling import draw_index
 from cogvideo_ar.super_resolution.direct import PADDING, Inputs, draw_cells
 from cogvideo_ar.super_resolution.transformer import SuperResolutionTransformer, iterative_context
+from shared.runtime import check_finite
 
 LEVEL_TILE = (
     (-1, 0, 1, 2, 3, 4),
@@ -44,6 +45,7 @@ class TopKSampler:
         self.top_k = top_k
 
     def sample(self, logits_BV: Tensor, randomness: Tensor) -> Tensor:
+        check_finite("image logits", logits_BV)
         return draw_index(self.probabilities(logits_BV), randomness[:, 0].to(logits_BV.device))
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
@@ -150,6 +152,7 @@ def refine_videos(
     """Every frame of every video by its prompt, int64 [B, M, S]; one CPU generator per video."""
     num_frames = frames_BMS.shape[1]
     uniforms = draw_uniforms(generators, num_frames, len(samplers), model.config.fine_len)
+    uniforms = uniforms.to(frames_BMS.device)
     texts = [prompt_tokens(config.prompts.super_resolution, tokenizer, prompt=prompt) for prompt in prompts]
     frame_texts = [text for text in texts for _ in range(num_frames)]
     fine = refine_frames(model, frame_texts, frames_BMS.flatten(0, 1), samplers, uniforms.flatten(0, 1))

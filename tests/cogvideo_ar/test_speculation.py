@@ -28,6 +28,7 @@ class Run:
         self, generate: Any, model: CogVideoTransformer, layout: Any, likeness: float, **options: Any
     ):
         self.numbers: list[int] = []
+        self.sizes: list[int] = []
         self.steps: list[int] = []
         random = torch.Generator().manual_seed(1)
         frames = torch.randint(NUM_IMAGE_TOKENS, (1, layout.num_given, layout.frame_len), generator=random)
@@ -36,9 +37,12 @@ class Run:
 
         def sample(logits: Tensor, number: int) -> Tensor:
             """Sometimes the token of the last given frame, as a model would that likes it."""
-            self.numbers.append(number)
-            place = number % layout.frame_len
-            return frames[:, -1, place] if repeat[number] else SAMPLER.sample(logits, uniforms[number])
+            numbers = range(number, number + len(logits))  # they follow one another
+            self.numbers += numbers
+            self.sizes.append(len(numbers))
+            drawn = SAMPLER.sample(logits, uniforms[number : numbers.stop, 0])
+            places = torch.tensor([number % layout.frame_len for number in numbers])
+            return frames[0, -1, places].where(repeat[number : numbers.stop], drawn)
 
         handle = model.blocks[0].register_forward_hook(lambda *args: self.steps.append(args[2].shape[1]))
         groups = 2 if "guidance_alpha" in options else 1
@@ -63,6 +67,25 @@ def test_tokens_are_those_of_one_slot_at_a_time(
     assert torch.equal(serial.tokens, guessed.tokens)
     assert serial.numbers == guessed.numbers  # every token is drawn once, in its turn
     assert len(guessed.steps) <= len(serial.steps)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    config=configs(),
+    likeness=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    options=st.sampled_from([{}, {"guidance_alpha": 3.0}]),
+)
+def test_places_that_are_drawn_together(config: Any, likeness: float, options: dict[str, Any]) -> None:
+    """As on a device: one draw a step, and the tokens and what is counted are the same."""
+    layout, model = keyframe_layout(config, 2), wild_model(config)
+    counted: list[int] = []
+    one_by_one = Run(generate_tokens_with_guesses, model, layout, likeness, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "ONE_BY_ONE", ())
+        together = Run(generate_tokens_with_guesses, model, layout, likeness, count=counted.append, **options)
+    assert torch.equal(one_by_one.tokens, together.tokens) and one_by_one.steps == together.steps
+    assert together.sizes == together.steps[1:] and set(one_by_one.sizes) == {1}  # the first is the prefill
+    assert sum(counted) == len(one_by_one.numbers) and len(counted) == len(together.sizes)
 
 
 def test_frames_that_repeat_take_few_steps() -> None:
