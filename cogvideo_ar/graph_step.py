@@ -31,7 +31,7 @@ from torch import Tensor
 from cogvideo_ar.attention import excluded
 from cogvideo_ar.kv_cache import KVCache, LayerCache
 from shared.errors import SettingError
-from shared.graphs import Capture, Replay
+from shared.graphs import Capture, Replay, SharedPool
 
 if TYPE_CHECKING:
     from cogvideo_ar.layout import SequenceLayout
@@ -53,6 +53,11 @@ def check_compile(chosen: str, device: torch.device, *, offload: str = "none") -
         raise SettingError(f"compile graph needs a CUDA device, got {device.type}; legal here: none")
     if chosen == "graph" and offload == "sequential":
         raise SettingError("compile graph needs weights that stay; got offload sequential, nearest: model")
+
+
+def graph_pool(device: torch.device | None = None) -> SharedPool:
+    """What records the steps of one generation."""
+    return SharedPool(device, warm_ups=1)  # a shape that is recorded has run, if on another stream
 
 
 # ---- shapes

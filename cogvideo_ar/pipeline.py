@@ -21,7 +21,7 @@ from cogvideo_ar.config import SamplingConfig, TransformerConfig
 from cogvideo_ar.continuation import FitSize, Given, Prefix, prefix_of
 from cogvideo_ar.diagnostics import diagnose
 from cogvideo_ar.formats import open_folder
-from cogvideo_ar.graph_step import Compile, check_compile
+from cogvideo_ar.graph_step import Compile, check_compile, graph_pool
 from cogvideo_ar.layout import prompt_tokens
 from cogvideo_ar.memory import advice, quantized, resolve_offload
 from cogvideo_ar.options import Options, Plan, resolve
@@ -32,7 +32,6 @@ from cogvideo_ar.super_resolution.direct import check_texts
 from cogvideo_ar.translation import is_chinese
 from shared.config_io import to_plain
 from shared.errors import SettingError
-from shared.graphs import SharedPool
 from shared.memory import memory_stage
 from shared.offload import Placement
 from shared.protocol import GenerationRequest, GenerationResult, StageStats
@@ -166,7 +165,7 @@ class CogVideoPipeline:
         with other rounding. SettingError where it does not go with the device or the pipeline's offload."""
         check_compile(compile, self.device, offload=self.placement.mode)
         for model in (self.parts.keyframes, self.parts.interpolation):
-            model.recorder = partial(SharedPool, self.device) if compile == "graph" else None
+            model.recorder = partial(graph_pool, self.device) if compile == "graph" else None
 
     def settings(self) -> dict[str, Any]:
         """Every effective setting, as JSON values."""

@@ -23,16 +23,17 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def capture_cuda(
-    run: Callable[[], Tensor], *, pool: Any = None, device: torch.device | None = None
+    run: Callable[[], Tensor], *, pool: Any = None, device: torch.device | None = None, warm_ups: int = 2
 ) -> tuple[Tensor, Replay]:
     """Record `run` as a graph: (its result, which every replay writes anew, replay). `pool` is memory that
-    graphs share; they must not run at the same time. `device`: by default the current one."""
+    graphs share; they must not run at the same time. `device`: by default the current one. `warm_ups`: runs
+    before; one suffices where `run` has run elsewhere."""
     index = None if device is None else device.index
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     side, present = side_stream(device), torch.cuda.current_stream(device)
     side.wait_stream(present)
     with torch.cuda.stream(side):  # libraries allocate and choose kernels in the first runs
-        for _ in range(2):
+        for _ in range(warm_ups):
             run()
     present.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -44,10 +45,10 @@ def capture_cuda(
 class SharedPool:
     """`capture_cuda` for several graphs in one pool of memory. A graph's result is lost when another runs."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.pool, self.device = None, device
+    def __init__(self, device: torch.device | None = None, *, warm_ups: int = 2) -> None:
+        self.pool, self.device, self.warm_ups = None, device, warm_ups
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        return capture_cuda(run, pool=self.pool, device=self.device)
+        return capture_cuda(run, pool=self.pool, device=self.device, warm_ups=self.warm_ups)

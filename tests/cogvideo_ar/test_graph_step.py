@@ -19,7 +19,7 @@ from cogvideo_ar import graph_step
 from cogvideo_ar.__main__ import main
 from cogvideo_ar.config import cogvideo
 from cogvideo_ar.generation import generate_tokens
-from cogvideo_ar.graph_step import GraphStep, attend_wide, check_compile, padded_size
+from cogvideo_ar.graph_step import GraphStep, attend_wide, check_compile, graph_pool, padded_size
 from cogvideo_ar.layout import image_layout, interpolation_layout, keyframe_layout
 from cogvideo_ar.pipeline import CogVideoPipeline
 from cogvideo_ar.sampling import CogLMSampler
@@ -28,9 +28,10 @@ from cogvideo_ar.speculation import generate_tokens_with_guesses
 from cogvideo_ar.transformer import CogVideoTransformer, DecodeState, layer_cache
 from cogvideo_ar.wavefront import _with_lanes as with_lanes
 from cogvideo_ar.wavefront import generate_tokens_in_waves
+from shared import graphs
 from shared.attention import attend
 from shared.errors import SettingError
-from shared.graphs import Replay, SharedPool
+from shared.graphs import Replay
 from shared.memory import peak_bytes
 from tests.cogvideo_ar.test_fast_decode import calm_model
 from tests.cogvideo_ar.tiny import NUM_IMAGE_TOKENS, configs, kind_of, tiny_config, wild_model
@@ -249,6 +250,17 @@ def test_rare_steps_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorder.graphs == recorder.replays == 0
 
 
+def test_a_recording_runs_the_step_once_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shape has run before."""
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(graphs, "capture_cuda", lambda run, **options: given.append(options))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    pool = graph_pool()
+    for _ in range(2):
+        pool(lambda: torch.zeros(1))
+    assert given == [{"pool": "pool", "device": None, "warm_ups": 1}] * 2
+
+
 def test_a_step_that_waits_is_found_out() -> None:
     with pytest.raises(AssertionError, match="_local_scalar_dense in a graph"):
         Recorder().capture(lambda: torch.zeros(1) + float(torch.ones(1).sum()))
@@ -333,7 +345,7 @@ def test_graphs_on_a_gpu(kind: str, way: str) -> None:
         seen.append([])
         return generate(model, layout, texts, frames, sample, guidance_alpha=2.0)
 
-    plain, model.recorder = tokens(), SharedPool
+    plain, model.recorder = tokens(), graph_pool
     for _ in range(2):  # every generation has graphs of its own
         assert torch.equal(tokens(), plain)
         torch.testing.assert_close(torch.stack(seen[-1]), torch.stack(seen[0]), rtol=0, atol=1e-10)
@@ -351,7 +363,7 @@ def test_graphs_of_a_gpu_round_no_more_than_the_plain_blocks(dtype: torch.dtype)
         state = model.start(text, torch.zeros(2, layout.frame_len, dtype=torch.long).cuda(), layout)
         return torch.stack([model.step(token.expand(2), state) for token in fed]).double()
 
-    plain, model.recorder = logits(), SharedPool
+    plain, model.recorder = logits(), graph_pool
     graphed, model.recorder = logits(), None
     model.double()
     exact = logits()
