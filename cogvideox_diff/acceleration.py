@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from cogvideox_diff.transformer import Attention, ExpertTransformer
+from cogvideox_diff.transformer import ExpertTransformer
 from shared.attention import BACKENDS, Backend, attend
 from shared.errors import SettingError
-from shared.graphs import Capture, Replay, capture_cuda
+from shared.graphs import Capture, Replay, SharedPool
 
 Compile = Literal["none", "blocks", "graph"]
 COMPILES: tuple[str, ...] = get_args(Compile)
@@ -57,11 +57,10 @@ class Acceleration:
         return {name: value for name, value in chosen.items() if value != getattr(DEFAULT, name)}
 
     def apply(self, model: ExpertTransformer) -> Callable[..., Tensor]:
-        """Let `model` run so, in place; returns what to call for a step. Adapters come before it."""
+        """Let `model` run so, in place; returns what to call for a step. It comes last, after `share` (see
+        `parallel_pipeline`) and adapters."""
         if self.attention != "sdpa":
-            for layer in model.modules():
-                if isinstance(layer, Attention):
-                    layer.attend = partial(attend, backend=self.attention)
+            model.attend_by(partial(attend, backend=self.attention))
         if self.compile == "blocks":
             for block in model.blocks:
                 block.compile(dynamic=False)
@@ -77,22 +76,36 @@ DEFAULT = Acceleration()
 class Graphed:
     """`model` without gradients, recorded once for each set of shapes and types of its inputs and replayed.
 
-    The model's weights must stay where they are. `capture` records; a test gives its own."""
+    The model's weights must stay where they are. `capture` records; a test gives its own. Results are copied
+    at once, so all graphs may work in one pool of memory."""
 
-    def __init__(self, model: Callable[..., Tensor], capture: Capture = capture_cuda) -> None:
-        self.model, self.capture = model, capture
+    def __init__(self, model: Callable[..., Tensor], capture: Capture | None = None) -> None:
+        self.model, self.capture = model, capture or SharedPool()
         self.recorded: dict[Any, tuple[list[Tensor | None], Tensor, Replay]] = {}
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor | None) -> Tensor:
-        key = tuple(x if x is None else (x.shape, x.dtype, x.device) for x in inputs)
+        rows = [None if x is None else different_rows(x) for x in inputs]
+        key = tuple(
+            None if x is None or row is None else (x.shape, row.shape, x.dtype, x.device)
+            for x, row in zip(inputs, rows, strict=True)
+        )
         if key not in self.recorded:
-            own = [None if x is None else x.clone() for x in inputs]
-            result, replay = self.capture(lambda: self.model(*own))
-            self.recorded[key] = own, result, replay
+            own = [None if row is None else row.clone() for row in rows]
+            given = [
+                None if x is None or row is None else row.expand_as(x)
+                for x, row in zip(inputs, own, strict=True)
+            ]
+            self.recorded[key] = own, *self.capture(lambda: self.model(*given))
         own, result, replay = self.recorded[key]
-        for kept, x in zip(own, inputs, strict=True):
-            if kept is not None and x is not None:
-                kept.copy_(x)
+        for kept, row in zip(own, rows, strict=True):
+            if kept is not None and row is not None:
+                kept.copy_(row)
         replay()
         return result.clone()
+
+
+def different_rows(x: Tensor) -> Tensor:
+    """Of a tensor whose rows are one and the same, expanded (the timestep), that one: what is computed of it
+    once must be so in a graph too."""
+    return x[:1] if x.stride(0) == 0 else x

@@ -61,11 +61,16 @@ class Approximation:
         cache = {"feature_cache": self.feature_cache} if self.feature_cache else {}
         return cache | ({"attention_every": self.attention_every} if self.attention_every > 1 else {})
 
-    def check(self, *, offload: str = "none", processes: int = 1) -> None:
+    def check(self, *, offload: str = "none", processes: int = 1, compile: str = "none") -> None:
         """SettingError where it does not go with how the transformer is run."""
         if self.is_on and processes > 1:
             raise SettingError(
                 f"approximations take one process for the transformer, it has {processes}; legal: 1"
+            )
+        legal = ("none", "blocks") if self.feature_cache else ("none",)  # compiled blocks miss new hooks
+        if self.is_on and compile not in legal:
+            raise SettingError(
+                f"compile {compile} does not go with {', '.join(self.settings())}; legal: {', '.join(legal)}"
             )
         if self.attention_every > 1 and offload == "sequential":
             raise SettingError(
@@ -90,8 +95,7 @@ class ApproximateTransformer:
     """
 
     def __init__(self, model: ExpertTransformer, approximation: Approximation, num_steps: int) -> None:
-        if type(model) is not ExpertTransformer:
-            approximation.check(processes=2)
+        approximation.check(processes=model.processes)
         self.model = model
         self.blocks: FeatureCache | AttentionBroadcast
         if approximation.feature_cache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,17 +39,20 @@ def denoise(
     start: int = 0,
     callback: Callable[[Step], None] | None = None,
     module: nn.Module | None = None,
+    again: Predict | None = None,
 ) -> Tensor:
     """Run the steps `start`.. of `scheduler` on `x_BTCHW`, whose dtype the samples keep between steps.
 
-    OutputCheckError at the first step with a NaN or Inf; it names the first such layer of `module`, if given.
+    OutputCheckError at the first step with a NaN or Inf; it names the first such layer of `module`, if given,
+    when `again` runs (default: `predict`; a CUDA graph of it would call no layer).
     """
     state = scheduler.init_state()
     steps = list(enumerate(scheduler.timesteps))[start:]
     for done, (i, timestep) in enumerate(steps, start=1):
         v = guide(predict, x_BTCHW, timestep, i - start)
         if not v.isfinite().all():
-            where = first_non_finite(module, lambda x=x_BTCHW, t=timestep: predict(x, t)) if module else ""
+            probe = partial(again or predict, x_BTCHW, timestep)
+            where = first_non_finite(module, probe) if module else ""
             raise OutputCheckError(f"NaN or Inf from the model at step {done} (timestep {timestep}){where}")
         x0 = scheduler.to_x0(x_BTCHW, v, i)
         x_BTCHW, state = scheduler.step(x_BTCHW, x0, i, state, draw)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from cogvideox_diff import conditioning
-from cogvideox_diff.approximate import ApproximateTransformer
+from cogvideox_diff.acceleration import Acceleration
+from cogvideox_diff.approximate import ApproximateTransformer, Approximation
 from cogvideox_diff.config import CogVideoXConfig
 from cogvideox_diff.denoising import Step, denoise
 from cogvideox_diff.formats import Parts
@@ -99,6 +100,7 @@ class Engine:
         self.config, self.parts, self.tokenizer_path = config, parts, tokenizer
         self.placement, self.tiled, self.sliced = placement, tiled, sliced
         self.read_text_encoder = read_text_encoder
+        self.acceleration = Acceleration()
         self.step: Callable[..., Tensor] | None = None  # the transformer, as `Acceleration.apply` made it
         self._known: OrderedDict[str, tuple[Tensor, str]] = OrderedDict()
         placement.place(parts.transformer, parts.vae)
@@ -125,6 +127,7 @@ class Engine:
         callback: Callback | None = None,
         decoded: bool = True,
     ) -> Batch:
+        self._check(plan.approximation)
         timer = StageTimer(self.device)
         with self._stage(timer, "text"):
             text, negative, cut = self._text(items, plan, given)
@@ -146,6 +149,13 @@ class Engine:
         model = predict.model
         left_out = model.report(len(items)) if isinstance(model, ApproximateTransformer) else []
         return Batch(latents=latents, pixels=pixels, stages=timer.stages, warnings=cut, left_out=left_out)
+
+    def _check(self, approximation: Approximation) -> None:
+        approximation.check(
+            offload=self.placement.mode,
+            processes=self.parts.transformer.processes,
+            compile=self.acceleration.compile,
+        )
 
     @contextmanager
     def _stage(self, timer: StageTimer, name: str, *, unit: str = "", units: int = 0) -> Iterator[Stage]:
@@ -263,7 +273,7 @@ class Engine:
         sample."""
         model: Callable[..., Tensor] = self.step or self.parts.transformer
         if plan.approximation.is_on:
-            plan.approximation.check(offload=self.placement.mode)
+            self._check(plan.approximation)
             model = ApproximateTransformer(self.parts.transformer, plan.approximation, plan.num_steps)
         return Predictor(
             model=model,
@@ -296,7 +306,8 @@ class Engine:
         x: Tensor,
         callback: Callback | None,
     ) -> Tensor:
-        with self.placement.computing(self.parts.transformer):
+        transformer = self.parts.transformer
+        with self.placement.computing(transformer):
             return denoise(
                 predict,
                 scheduler,
@@ -305,7 +316,8 @@ class Engine:
                 draw_from([item.random("sampler") for item in items]),
                 start=plan.first_step,
                 callback=callback,
-                module=self.parts.transformer,
+                module=transformer,
+                again=replace(predict, model=transformer) if predict.model is self.step else None,
             )
 
     def _decode(self, latents: Tensor) -> Tensor:

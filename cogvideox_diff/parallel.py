@@ -114,6 +114,7 @@ class ParallelTransformer(ExpertTransformer):
         ulysses = UlyssesAttention(sequence, kernel)
         super().__init__(config, ulysses)
         self.guidance, self.sequence, self.ulysses = guidance, sequence, ulysses
+        self.processes = guidance.degree * sequence.degree
 
     @classmethod
     def of(
@@ -124,6 +125,10 @@ class ParallelTransformer(ExpertTransformer):
             parallel = cls(model.config, guidance=groups.guidance, sequence=groups.sequence, kernel=kernel)
         parallel.load_state_dict(model.state_dict(keep_vars=True), assign=True)
         return parallel.train(model.training)
+
+    def attend_by(self, kernel: Attend) -> None:
+        """The kernel sees all tokens of a rank's own heads; who trades them stays."""
+        self.ulysses.kernel = kernel
 
     def forward(
         self, latents_BTCHW: Tensor, text_BLD: Tensor, timesteps_B: Tensor, ofs: Tensor | None = None

@@ -117,8 +117,8 @@ def _flags(degrees: tuple[int, int]) -> str:
 
 
 def share(pipeline: CogVideoXPipeline, groups: InferenceGroups) -> CogVideoXPipeline:
-    """Let the pipeline's nets share their work; they keep their weights. Adapters come after it. Every
-    process must then make the same calls."""
+    """Let the pipeline's nets share their work; they keep their weights. It comes first: adapters and
+    `accelerate` change the nets that it makes. Every process must then make the same calls."""
     parts = pipeline.parts
     transformer, vae = parts.transformer, parts.vae
     if groups.guidance.degree * groups.sequence.degree > 1:

@@ -220,9 +220,10 @@ class CogVideoXPipeline:
 
     def accelerate(self, chosen: Acceleration) -> None:
         """Run the transformer so from now on, adapters included, which cannot change afterwards. SettingError
-        where it does not go with the device or the pipeline's offload."""
-        chosen.check(self.engine.device, offload=self.engine.placement.mode)
-        self.engine.step = chosen.apply(self.parts.transformer)
+        where it does not go with the device, the pipeline's offload or several processes."""
+        engine, model = self.engine, self.parts.transformer
+        chosen.check(engine.device, offload=engine.placement.mode, processes=model.processes)
+        engine.acceleration, engine.step = chosen, chosen.apply(model)
 
     @property
     def codec(self) -> VAECodec:

@@ -218,6 +218,8 @@ class ExpertTransformer(nn.Module):
     `run_blocks` and `head` may be called apart, to cut the video tokens between them.
     """
 
+    processes = 1  # that share a step
+
     def __init__(self, config: TransformerConfig, attend: Attend = attend) -> None:
         super().__init__()
         self.config = config
@@ -234,6 +236,12 @@ class ExpertTransformer(nn.Module):
         self.norm_final = nn.LayerNorm(width, eps=config.norm_eps)
         self.norm_out = FinalNorm(config)
         self.proj_out = nn.Linear(width, config.out_channels * math.prod(config.patch_size))
+
+    def attend_by(self, kernel: Attend) -> None:
+        """Let every block's attention take another kernel."""
+        for layer in self.modules():
+            if isinstance(layer, Attention):
+                layer.attend = kernel
 
     def forward(
         self, latents_BTCHW: Tensor, text_BLD: Tensor, timesteps_B: Tensor, ofs: Tensor | None = None

@@ -229,7 +229,9 @@ def _order(options: argparse.Namespace, sharing: Sharing | None = None, team: Te
         vae_chunk=options.vae_chunk,
         quantize=options.quantize,
     )
-    plan.approximation.check(offload=savers.offload, processes=sharing.degree if sharing else 1)
+    plan.approximation.check(
+        offload=savers.offload, processes=sharing.degree if sharing else 1, compile=options.compile
+    )
     settings = {
         "family": "cogvideox_diff",
         "weights": weights_mark(folder.path),

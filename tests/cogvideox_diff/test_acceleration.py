@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvideox_diff import fast_block
+from cogvideox_diff import CogVideoXPipeline, fast_block
+from cogvideox_diff.__main__ import main
 from cogvideox_diff.acceleration import Acceleration, Graphed
+from cogvideox_diff.approximate import ApproximateTransformer, Approximation
 from cogvideox_diff.config import TransformerConfig
 from cogvideox_diff.guidance import Predictor
 from cogvideox_diff.transformer import ExpertTransformer
 from shared.attention import attend
-from shared.errors import SettingError
+from shared.errors import OutputCheckError, SettingError
 from shared.graphs import Replay
 from tests.cogvideox_diff.tiny_pipeline import PROMPT, make, write_tokenizer
 
@@ -114,9 +116,51 @@ def test_a_graph_reads_its_own_inputs_and_gives_results_away() -> None:
     assert len(captures) == 2
 
 
+@torch.no_grad()
+def test_a_graph_computes_the_modulation_of_one_timestep_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_block, "FEWEST_VALUES", 1)
+    model, (x, text, one) = ExpertTransformer(NET), inputs()
+    rows: list[int] = []
+    model.blocks[0].norm1.video.register_forward_hook(lambda layer, x, y: rows.append(y.numel() // len(y)))
+    captures = []
+
+    def capture(run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+        captures.append(run)
+        result = run()
+        return result, lambda: result.copy_(run())  # type: ignore[return-value,func-returns-value]
+
+    step = Graphed(model, capture)
+    step(x, text, one)
+    assert len(rows) == 2  # recorded and replayed, once each
+    other = torch.tensor([20]).expand(2)
+    torch.testing.assert_close(step(x, text, other), model(x, text, other))
+    two = torch.tensor([500, 3])  # rows that differ are another graph
+    torch.testing.assert_close(step(x, text, two), model(x, text, two))
+    assert len(captures) == 2
+
+
+def test_the_layer_of_a_nan_is_found_behind_a_graph(tmp_path: Path) -> None:
+    pipe = make("5b", write_tokenizer(tmp_path / "tokenizer"))
+    model = pipe.parts.transformer
+    pipe.engine.step = Graphed(model, unheard)
+    model.blocks[1].mlp.fc1.weight.data[0, 0] = float("nan")  # type: ignore[union-attr,operator]
+    with pytest.raises(OutputCheckError, match=r"at step 1 .*; first bad layer: blocks\.1"):
+        pipe(PROMPT)
+
+
+def unheard(run: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+    """Replays call no layer, so hooks hear nothing."""
+    result = run().clone()
+    return result, lambda: None
+
+
 @pytest.mark.gpu
 @torch.no_grad()
-def test_a_graph_on_a_gpu() -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_graph_on_a_gpu(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """Also of the block that leaves the plain layers."""
+    if fast:
+        monkeypatch.setattr(fast_block, "FEWEST_VALUES", 1)
     model = ExpertTransformer(NET).cuda()
     step = Acceleration(compile="graph").apply(model)
     for seed in range(3):
@@ -146,6 +190,7 @@ def test_other_attention_kernels(kernel: str) -> None:
         ({"compile": "all"}, {}, "unknown compile 'all'; legal: none, blocks, graph"),
         ({"compile": "blocks"}, {"offload": "model"}, "needs weights that stay and one process"),
         ({"compile": "blocks"}, {"processes": 2}, "needs weights that stay and one process"),
+        ({"compile": "graph"}, {"processes": 2}, "compile graph needs"),
         ({"attention": "cudnn"}, {}, "attention cudnn needs a GPU; legal here: sdpa, math, flash"),
         ({"attention": "slow"}, {}, "unknown attention 'slow'; legal: sdpa, math"),
     ],
@@ -167,3 +212,58 @@ def test_an_accelerated_pipeline_makes_the_same_video(tmp_path: Path) -> None:
     pipe.accelerate(Acceleration(attention="math"))
     assert all(block.attn.attend is not attend for block in pipe.parts.transformer.blocks)
     torch.testing.assert_close(pipe(PROMPT, output_type="latent"), wanted, rtol=0, atol=1e-4)
+
+
+def test_graphs_and_compiled_blocks_leave_nothing_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work, from Python."""
+    pipe = make("5b", write_tokenizer(tmp_path / "tokenizer"))
+    monkeypatch.setattr(pipe.engine, "_text", None)
+    for compile, settings, words in APPROXIMATED:
+        pipe.engine.acceleration = Acceleration(compile=compile)  # type: ignore[arg-type]
+        with pytest.raises(SettingError, match=words):
+            pipe(PROMPT, approximation=Approximation(**settings))  # type: ignore[arg-type]
+
+
+APPROXIMATED = [
+    ("graph", {"feature_cache": 0.1}, "compile graph does not go with feature_cache; legal: none, blocks$"),
+    ("graph", {"attention_every": 2}, "compile graph does not go with attention_every; legal: none$"),
+    ("blocks", {"attention_every": 2}, "compile blocks does not go with attention_every; legal: none$"),
+]
+
+
+def test_compiled_blocks_leave_nothing_out_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights are read."""
+    monkeypatch.setattr(CogVideoXPipeline, "from_pretrained", None)
+    words = [
+        "generate",
+        "--device",
+        "cpu",
+        "--prompt",
+        "a",
+        "--compile",
+        "--approximate_attention_every",
+        "2",
+    ]
+    assert main(words) == 2
+    assert "compile blocks does not go with attention_every; legal: none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_blocks_go_with_the_feature_cache() -> None:
+    model = ExpertTransformer(NET)
+    compiled = copy.deepcopy(model)
+    Acceleration(compile="blocks").apply(compiled)
+    x, text, _ = inputs_of(0)
+    steps = [
+        ApproximateTransformer(net, Approximation(feature_cache=10.0), num_steps=3)
+        for net in (model, compiled)
+    ]
+    for timestep in (900, 500, 100):
+        wanted, got = (step(x, text, torch.tensor([timestep]).expand(2)) for step in steps)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6)
+    assert steps[0].report(1) == steps[1].report(1) == [{"steps": 3, "steps_skipped": 1}]

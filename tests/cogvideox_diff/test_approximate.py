@@ -229,8 +229,8 @@ def test_illegal_settings_are_refused() -> None:
 
 
 def test_a_shared_transformer_is_refused() -> None:
-    config, alone = tiny_config("5b").transformer, ParallelContext()
-    shared = ParallelTransformer(config, guidance=alone, sequence=alone)
+    config, two = tiny_config("5b").transformer, ParallelContext(ranks=(0, 1))
+    shared = ParallelTransformer(config, guidance=two, sequence=ParallelContext())
     with pytest.raises(SettingError, match="one process"):
         ApproximateTransformer(shared, Approximation(feature_cache=0.1), STEPS)
 

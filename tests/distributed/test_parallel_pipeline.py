@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cogvideox_diff.__main__ import main
+from cogvideox_diff.acceleration import Acceleration
 from cogvideox_diff.lora import inject, save_lora
 from cogvideox_diff.parallel_pipeline import Sharing, Team, share
 from cogvideox_diff.pipeline import CogVideoXPipeline
@@ -39,6 +40,7 @@ SHARINGS = {
 }
 CASES: dict[str, tuple[str, str]] = {
     "2b t2v": ("2b", "t2v"),
+    "5b t2v": ("5b", "t2v"),
     "5b v2v": ("5b", "v2v"),
     "5b-i2v i2v": ("5b-i2v", "i2v"),
     "1.5-5b t2v": ("1.5-5b", "t2v"),
@@ -62,6 +64,10 @@ def on_two_ranks(folder: Path, world: ParallelContext) -> dict[str, Tensor]:
     pipe = share(make("5b", spiece), SHARINGS["attention"].groups(world))
     pipe.load_lora(folder / "lora", scale=0.7)
     results["adapter"] = made(pipe, "t2v")
+    for kind in ("guidance", "attention"):
+        pipe = share(make("5b", spiece), SHARINGS[kind].groups(world))
+        pipe.accelerate(Acceleration(attention="math"))
+        results[f"5b t2v, {kind} by another kernel"] = made(pipe, "t2v")
     return results
 
 
