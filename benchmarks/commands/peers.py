@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = "folder of the kept results (default: with the code, installed out/peers)"
     parser.add_argument("--output_path", type=Path, help=where)
     parser.add_argument("--page", type=Path, help="only write the tables of the kept results into this page")
-    parser.epilog = "Ends with 3 where a ratio is below its floor in benchmarks/floors.json."
+    parser.epilog = "Ends with 3 where a figure is below its floor in benchmarks/floors.json."
     add_output_flags(parser)
 
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int | None:
         except ImportError as error:
             skipped[case.name] = f"not measured: {error}"
             continue
-        path = kept.keep(measured[-1:], options.threads, folder)
+        path = kept.keep(measured[-1], options.threads, folder)
         if not options.quiet:
             sys.stderr.write(_line(measured[-1]) + "\n")
     slow = kept.too_slow(measured)

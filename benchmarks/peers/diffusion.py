@@ -206,7 +206,8 @@ def encode_pair(dtype: torch.dtype) -> Pair:
 def demo_pair() -> Pair:
     """The demo's prompt to frames; diffusers' pipeline reads what our pipeline writes in its layout."""
     diffusers: Any = importlib.import_module("diffusers")
-    ours: Any = registry.build("cogvideox-demo")
+    source = registry.resolve("cogvideox-demo").source
+    ours: Any = ours_of("pipeline").CogVideoXPipeline.from_pretrained(source, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(Path(folder) / "demo", format="diffusers")
         peer = diffusers.CogVideoXPipeline.from_pretrained(Path(folder) / "demo")

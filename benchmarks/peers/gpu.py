@@ -2,7 +2,7 @@
 autoregressive key frames beside the release's cost structure. Weights are random.
 
 Each tells what part of the device's own rate it reaches (`of_floor`): the rate of matrix products, or of
-reading memory, measured in the same run. Nothing here has to run on a CPU; the tests build every row on it at
+copying memory, measured in the same run. Nothing here has to run on a CPU; the tests build every row on it at
 a size that takes no time, and the full sizes on the meta device.
 """
 
@@ -20,8 +20,8 @@ from benchmarks import registry
 from benchmarks.peers import ar, diffusion
 from benchmarks.peers.diffusion import Latents
 from benchmarks.peers.harness import Case, Pair, seconds_of
-from benchmarks.peers.slow_reference import SlowDecoder
-from shared.graphs import Capture, SharedPool
+from benchmarks.peers.slow_reference import SlowDecoder, SlowSampler
+from shared.graphs import Capture
 
 FULL: Latents = (13, 60, 90)  # of 49 x 480 x 720
 PRESETS = ("cogvideox-2b", "cogvideox-5b")
@@ -37,12 +37,13 @@ def cases() -> list[Case]:
         for end in how
     ]
     decode = "49 x 480 x 720 decoded in bfloat16 without tiles, part of the rate of matrix products"
-    step = "guided steps of CogVideo's first stage behind 1800 slots in float16, part of the memory's rate"
+    step = "guided steps with sampling of CogVideo's first stage behind 1800 slots in float16"
+    step += ", part of the memory's rate"
     return [
         *rows,
         _case("diffusion/full-decode", decode, decode_pair),
         _case("ar/full-step", step, ar_pair),
-        _case("ar/full-step-graph", f"{step}, ours as CUDA graphs", partial(ar_pair, recorder=SharedPool)),
+        _case("ar/full-step-graph", f"{step}, ours as CUDA graphs", partial(ar_pair, recorder=graph_pool)),
     ]
 
 
@@ -90,7 +91,7 @@ def matmul_rate(device: str, *, size: int, dtype: torch.dtype = torch.bfloat16) 
     return 2 * size**3 / times[6]
 
 
-def read_rate(device: str, *, size: int) -> float:
+def copy_rate(device: str, *, size: int) -> float:
     """Bytes per second of a copy by the wall, read and written both counted."""
     data = torch.ones(size, device=device, dtype=torch.uint8)
     out = torch.empty_like(data)
@@ -101,10 +102,14 @@ def read_rate(device: str, *, size: int) -> float:
 # ---- the autoregressive family
 
 
+def graph_pool() -> Capture:
+    return ar.ours_of("graph_step").graph_pool()
+
+
 def ar_pair(
     *, recorder: Callable[[], Capture] | None = None, device: str = "cuda", tiny: bool = False
 ) -> Pair:
-    """`ar.STEPS` guided steps of one sample from caches full of zeros: what is read does not matter here.
+    """`ar.STEPS` guided tokens of one sample from caches full of zeros: what is read does not matter here.
     `recorder`: of our steps as graphs."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     config = registry.module("cogvideo", "config").cogvideo().keyframes
@@ -124,21 +129,30 @@ def ar_pair(
     with torch.device(device):  # where its caches are
         slow = [SlowDecoder(model, state, rows) for rows in (slice(1), slice(1, None))]
 
+    labels = ar.cluster_labels(config.num_image_tokens).to(device)
+    sampling, slow_sampler = ar.ours_of("sampling"), SlowSampler(labels, **ar.DRAW)
+    sampler = sampling.CogLMSampler(labels, **ar.DRAW)
+    uniforms = torch.rand(ar.STEPS, 1, 2, dtype=torch.float64, device=device)
+
     def run_ours() -> Tensor:
         state.next_slot = slot
-        for _ in range(ar.STEPS):
+        for number in range(ar.STEPS):
             logits = model.step(token.repeat(2), state)
-        return logits
+            guided = sampling.guide(logits[:1], logits[1:], ar.ALPHA)
+            sampler.sample(guided, uniforms[number])
+        return guided
 
     def run_slow() -> Tensor:
         for decoder in slow:
             decoder.rewind(slot)
         for _ in range(ar.STEPS):
-            logits = [decoder.step(token) for decoder in slow]
-        return torch.cat(logits)
+            logits, others = (decoder.step(token) for decoder in slow)
+            guided = others + (logits - others) * ar.ALPHA
+            slow_sampler(guided)
+        return guided
 
     needed = ar.STEPS * ar.step_bytes(model, layout, 2, slot)
-    rate = read_rate(device, size=2**31 if device == "cuda" else 2**20)
+    rate = copy_rate(device, size=2**31 if device == "cuda" else 2**20)
     facts = {"tokens": ar.STEPS, "bytes": needed, "bytes_per_second": rate, "floor_seconds": needed / rate}
     return Pair(
         ours=torch.inference_mode()(run_ours),

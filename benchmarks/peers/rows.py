@@ -43,7 +43,8 @@ def chosen_cases(names: Sequence[str]) -> list[Case]:
 
 
 def floors() -> dict[str, float]:
-    """The ratio that a row must reach; a row without one is only told."""
+    """The ratio that a row must reach, and under NAME:of_floor the part of the device's own rate; a row
+    without one is only told."""
     return json.loads(FLOORS.read_text(encoding="utf-8"))
 
 
@@ -51,19 +52,20 @@ def too_slow(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line on every row below its floor."""
     lowest = floors()
     return [
-        f"{row['name']}: ratio {row['ratio']:.2f} is below its floor {lowest[row['name']]:.2f}"
+        f"{row['name']}: {figure} {row[figure]:.2f} is below its floor {lowest[key]:.2f}"
         for row in rows
-        if row["name"] in lowest and row["ratio"] < lowest[row["name"]]
+        for figure, key in (("ratio", row["name"]), ("of_floor", f"{row['name']}:of_floor"))
+        if key in lowest and row[figure] < lowest[key]
     ]
 
 
-def keep(rows: Sequence[dict[str, Any]], threads: int, folder: Path = RESULTS) -> Path:
-    """Put the rows into the file of this device and day; rows of the same name there are replaced."""
+def keep(row: dict[str, Any], threads: int, folder: Path = RESULTS) -> Path:
+    """Put the row into the file of its device and this day; one of the same name there is replaced."""
     machine, now = environment(), datetime.now(UTC)
-    device = machine["accelerator"] or machine["processor"]
+    device = machine["processor" if row["device"] == "cpu" else "accelerator"]
     path = folder / f"{_file_name(device)}-{threads}t-{now:%Y-%m-%d}.json"
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    by_name = {row["name"]: row for row in [*known, *rows]}
+    by_name = {row["name"]: row for row in [*known, row]}
     folder.mkdir(parents=True, exist_ok=True)
     ordered = [by_name[name] for name in sorted(by_name)]
     write_json(

@@ -153,7 +153,7 @@ class SlowSampler:
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         logits_BV = logits_BV / self.temperature
-        sums = torch.zeros(len(logits_BV), self.num_clusters)
+        sums = torch.zeros(len(logits_BV), self.num_clusters, device=logits_BV.device)
         sums.scatter_add_(1, self.labels_V.expand(len(logits_BV), -1), logits_BV.float().softmax(-1))
         masses_BK, clusters_BK = sums.topk(min(self.top_k, self.num_clusters))
         for row, masses, clusters in zip(logits_BV, masses_BK, clusters_BK, strict=True):

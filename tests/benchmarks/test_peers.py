@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.environment import environment
 from benchmarks.peers import rows
 from benchmarks.peers.harness import Case, Pair, measure, relative_difference
 from shared.errors import SettingError
@@ -62,8 +63,35 @@ def test_a_ratio_below_its_floor_ends_with_3(fakes: Path, capsys: pytest.Capture
     assert kept["threads"] == 1 and kept["environment"]["torch"] == torch.__version__
 
 
+def test_a_part_of_the_devices_rate_below_its_floor_ends_with_3(
+    fakes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, name = lambda: spend(50), "a/one"
+    pair = Pair(ours=ours, peer=lambda: spend(200), facts={"floor_seconds": 1e-9})
+    case = Case(name=name, words="", build=lambda: pair)
+    monkeypatch.setattr(rows, "all_cases", lambda: {name: case})
+    rows.FLOORS.write_text('{"a/one": 0.1, "a/one:of_floor": 0.8}')
+    words = ["peers", "--repeats", "1", "--json", "--quiet", "--output_path", str(fakes)]
+    assert main(words) == 3
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])["below_floor"]
+    assert said == ["a/one: of_floor 0.00 is below its floor 0.80"]
+    rows.FLOORS.write_text('{"a/one": 0.1, "a/one:of_floor": 1e-12}')
+    assert main(words) == 0
+
+
+def test_rows_are_kept_by_the_device_that_they_ran_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = {**environment(), "processor": "Some CPU", "accelerator": "Some GPU"}
+    monkeypatch.setattr(rows, "environment", lambda: machine)
+    row = measure(fake("a/one"), 1)
+    paths = [rows.keep({**row, "device": device}, 1, tmp_path) for device in ("cpu", "cuda")]
+    assert [path.name[:10] for path in paths] == ["some-cpu-1", "some-gpu-1"]
+    assert [json.loads(path.read_text())["device"] for path in paths] == ["Some CPU", "Some GPU"]
+
+
 def test_page(fakes: Path, tmp_path: Path) -> None:
-    rows.keep([measure(fake("a/one"), 1)], 1, fakes)
+    rows.keep(measure(fake("a/one"), 1), 1, fakes)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{rows.START}\nold\n{rows.END}\nafter\n")
     assert main(["peers", "--page", str(page), "--output_path", str(fakes)]) == 0
@@ -97,7 +125,7 @@ def test_refusals(fakes: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_floor_has_its_row() -> None:
-    assert set(rows.floors()) <= set(rows.all_cases())
+    assert {name.removesuffix(":of_floor") for name in rows.floors()} <= set(rows.all_cases())
 
 
 def test_relative_difference() -> None:

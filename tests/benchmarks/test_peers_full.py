@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.peers import gpu, processes
+from benchmarks.peers import diffusion, gpu, processes
 from benchmarks.peers.harness import Case, measure
 from benchmarks.peers.rows import all_cases, chosen_cases
 from shared.graphs import Replay
@@ -57,6 +57,16 @@ def test_decoding_of_full_size_without_memory() -> None:
     pair = gpu.decode_pair(device="meta")
     assert pair.ours().shape == pair.peer().shape == (1, 3, 49, 480, 720)
     assert pair.facts["flops"] == pytest.approx(315e12, rel=0.05)
+
+
+def test_the_demo_is_compared_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a GPU, as the row is the CPU's."""
+    seen: list[object] = []
+    kind = diffusion.ours_of("pipeline").CogVideoXPipeline
+    monkeypatch.setattr(kind, "from_pretrained", lambda *args, **options: seen.append(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        diffusion.demo_pair()
+    assert seen == [{"device": "cpu"}]
 
 
 def test_rows_of_a_gpu_are_left_out_without_one() -> None:
