@@ -21,7 +21,8 @@ def side_by_side(work: Callable[[int], None], count: int) -> None:
     threads, inference = max(1, min(torch.get_num_threads(), count)), torch.is_inference_mode_enabled()
 
     def part(first: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # in this order: no inference is gradients
+        # inference_mode(False) turns gradients on, so no_grad comes second
+        with torch.inference_mode(inference), torch.no_grad():
             for i in range(first, count, threads):
                 work(i)
 
@@ -41,12 +42,14 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     pool, ready = ThreadPoolExecutor(threads, "side_by_side", initializer=_alone), Barrier(threads)
     for waiting in [pool.submit(ready.wait) for _ in range(threads)]:
         waiting.result()
-    torch.set_num_threads(threads)  # of threads that begin later: `_alone` said one to them too
+    # `_alone` also changed the process-wide default for later threads: restore it
+    torch.set_num_threads(threads)
     return pool
 
 
 def _alone() -> None:
-    """One thread of OpenMP for this thread of Python, which takes the number over when it first asks."""
+    """Limit this Python thread to one OpenMP thread; torch overwrites a thread's first setting when it first
+    asks, hence twice."""
     torch.set_num_threads(1)
     torch.get_num_threads()
     torch.set_num_threads(1)

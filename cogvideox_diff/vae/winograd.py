@@ -65,7 +65,7 @@ def convolve(
 def _multiply(tiles: Tensor, kernel: Tensor) -> Tensor:
     """[36, places, T + 2, C] and [36, O, 3 * C] -> [36, places * T, O]."""
     num_windows = tiles.shape[1] * (tiles.shape[2] - TAPS + 1)
-    products = torch.empty(len(kernel), num_windows, kernel.shape[1])
+    products = torch.empty(len(kernel), num_windows, kernel.shape[1], dtype=torch.float32)
 
     def multiply(i: int) -> None:
         windows = tiles[i].unfold(1, TAPS, 1).transpose(2, 3).flatten(2).flatten(0, 1)

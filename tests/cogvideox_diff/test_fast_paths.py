@@ -122,6 +122,20 @@ def test_winograds_convolution(channels: tuple[int, int], threads: int) -> None:
 
 
 @torch.no_grad()
+def test_winograds_convolution_whatever_the_default_type() -> None:
+    conv, x_THWC = nn.Conv3d(4, 5, 3), torch.randn(5, 10, 14, 4)
+    wanted, got = torch.empty(3, 8, 12, 5), torch.empty(3, 8, 12, 5)
+    kernel = winograd.transform_kernel(conv.weight)
+    winograd.convolve(x_THWC, kernel, None, wanted)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        winograd.convolve(x_THWC, winograd.transform_kernel(conv.weight), None, got)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, wanted)
+
+
+@torch.no_grad()
 def test_few_kernels_by_taps() -> None:
     conv, x = nn.Conv3d(6, 3, 3), torch.randn(5, 9, 11, 6)
     wanted = conv(x.movedim(-1, 0)[None])[0]
