@@ -106,13 +106,17 @@ def write_page(page: Path, folder: Path = RESULTS) -> None:
 
 
 def _table(result: dict[str, Any]) -> str:
-    lowest = floors()
+    """The rows of a device; where torch has several threads also by the wall, which tells what of the CPU's
+    time went by at once."""
+    lowest, several = floors(), result["threads"] > 1
+    head = ["row", "ours", "peer", "peer / ours (least .. most of a round)", "floor", "difference"]
+    head += ["peer / ours by the wall"] if several else []
     lines = [
         f"**{result['device']}**, {result['threads']} thread(s), {result['date']}, torch "
         f"{result['environment']['torch']}:",
         "",
-        "| row | ours | peer | peer / ours (least .. most of a round) | floor | difference |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
     ]
     for row in result["rows"]:
         floor = lowest.get(row["name"])
@@ -124,6 +128,11 @@ def _table(result: dict[str, Any]) -> str:
             f"**{row['ratio']:.2f}**{spread}",
             "" if floor is None else f"{floor:.2f}",
             f"{row['difference']:.1e}" if "difference" in row else "",
+            *(
+                [f"{row['peer_wall'] / row['ours_wall']:.2f}" if "ours_wall" in row else ""]
+                if several
+                else []
+            ),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

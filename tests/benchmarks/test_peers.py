@@ -97,7 +97,10 @@ def test_page(fakes: Path, tmp_path: Path) -> None:
     assert main(["peers", "--page", str(page), "--output_path", str(fakes)]) == 0
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert "| a/one |" in text and "| 1.50 | 5.0e-01 |" in text
+    assert "| a/one |" in text and "| 1.50 | 5.0e-01 |" in text and "wall" not in text
+    rows.keep(measure(fake("a/one"), 1), 2, fakes)
+    assert main(["peers", "--page", str(page), "--output_path", str(fakes)]) == 0
+    assert "by the wall |" in page.read_text()
 
 
 def test_an_installed_package_keeps_results_where_it_is_called(
