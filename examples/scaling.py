@@ -303,7 +303,7 @@ def simulated_tokens(device: Device, gpus: int, batch: int = 4) -> Simulated:
     stages = ar_costs(config, plan, torch.float16, samples=batch)
     seconds = sum(device.stage_seconds(stage, torch.float16) for stage in stages)
     return Simulated(
-        model=f"cogvideo, {batch} at a time",
+        model=f"cogvideo {plan.height}x{plan.width}, {batch} at a time",
         gpus=gpus,
         shared="",
         seconds=seconds,

@@ -147,9 +147,10 @@ def _more_savers(dtype: torch.dtype, *, on_cpu: bool) -> list[dict[str, Any]]:
     import torch
 
     half = {} if dtype.itemsize == 2 else {"dtype": torch.bfloat16}
-    modes = [] if on_cpu else [{"mode": "model"}, {"mode": "model", "tiled": True}, {"mode": "sequential"}]
-    least = {"tiled": True} if on_cpu else {"mode": "sequential", "tiled": True}
-    return [{}, {"tiled": True}, *modes, least, {**least, **half}, {**least, **half, "quantize": "int8"}]
+    modes = [{}] if on_cpu else [{}, {"mode": "model"}, {"mode": "sequential"}]
+    tiles = [{**mode, "tiled": True} for mode in modes]
+    least = tiles[-1]
+    return [*modes, *tiles, {**least, **half}, {**least, **half, "quantize": "int8"}]
 
 
 def _weaker(chosen: dict[str, Any], asked: dict[str, Any]) -> bool:

@@ -237,6 +237,14 @@ def test_plan_refuses_what_never_fits(capsys: pytest.CaptureFixture[str]):
     assert any("--num_frames" in rung["flags"] for rung in said["ladder"])
 
 
+def test_the_ladder_changes_nothing_but_time_before_it_changes_frames(capsys: pytest.CaptureFixture[str]):
+    _, said = plan(capsys, "--memory", "0.5")
+    flags = [rung["flags"] for rung in said["ladder"]]
+    assert flags[:3] == ["", "--offload model", "--offload sequential"]
+    assert flags[3:6] == [f"{words} --tiling on".strip() for words in flags[:3]]
+    assert "--quantize int8" in flags[6] or "--dtype" in flags[6]
+
+
 @pytest.mark.parametrize("words", [["--num_frames", "10"], ["--device", "h300"], ["--memory", "0"]])
 def test_plan_refuses_illegal_settings(capsys: pytest.CaptureFixture[str], words: list[str]):
     code, said = plan(capsys, *words)
