@@ -97,7 +97,7 @@ def write_page(page: Path, folder: Path = RESULTS) -> None:
     if not mark:
         raise SettingError(f"{page} has no place for the results: the line {START}")
     newest: dict[tuple[str, int], dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-10:]):
+    for path in sorted(folder.glob("*.json"), key=lambda path: (path.stem[-10:], path.stem)):
         result = json.loads(path.read_text(encoding="utf-8"))
         newest[result["device"], result["threads"]] = result
     after = rest.partition(END)[2]
