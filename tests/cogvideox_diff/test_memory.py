@@ -17,7 +17,16 @@ from torch import nn
 
 from cogvideox_diff import CogVideoXPipeline
 from cogvideox_diff.config import PRESETS, CogVideoXConfig
-from cogvideox_diff.memory import Savers, advice, choose_savers, native_plan, net_bytes, resolve_savers
+from cogvideox_diff.memory import (
+    OFFLOADS,
+    Savers,
+    advice,
+    choose_savers,
+    native_plan,
+    net_bytes,
+    resolve_savers,
+    stage_needs,
+)
 from cogvideox_diff.model_files import PARTS, Part, empty_net, write_model
 from cogvideox_diff.vae.blocks import Downsample, ResBlock, Upsample
 from cogvideox_diff.vae.causal_conv import CausalConv3d
@@ -129,6 +138,22 @@ def test_auto_takes_what_costs_least_and_fits() -> None:
     with pytest.raises(OutOfMemoryError, match=r"^decode needs about .* 5\.00 GiB free; try --tiling on"):
         choice(5)
     assert choice(6, offload="model", config=PRESETS["cogvideox-demo"]()).offload == "model"
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "memory.md"
+
+
+def test_documented_need() -> None:
+    """5b's row of the table in docs/memory.md is what is predicted."""
+    config = PRESETS["cogvideox-5b"]()
+    plan, cells = native_plan(config), []
+    ways = ((False, "none", OFFLOADS), (True, "none", OFFLOADS), (True, "int8", OFFLOADS[2:]))
+    for tiled, quantize, modes in ways:
+        needs = stage_needs(config, plan, BF16, tiled=tiled, quantize=quantize)
+        whole = sum({need.net: need.weights for need in needs}.values())
+        cells += [f"{max(need.total(mode, whole) for need in needs) / GIB:.1f}" for mode in modes]
+    row = f"| 5b | {' | '.join(cells)} |"
+    assert row in DOCUMENT.read_text(encoding="utf-8"), row
 
 
 def test_pieces_shrink_last() -> None:
