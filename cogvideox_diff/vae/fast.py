@@ -140,10 +140,16 @@ class Strip:
         if conv.out_channels <= FEW_KERNELS and has_quick_linear(self.x):
             result_OTRW = conv_by_taps(self.x, conv.weight, conv.bias)
         else:
-            x_BCTRW = self.x.movedim(-1, 0)[None]
-            result_OTRW = convolve_extended(x_BCTRW, conv.weight, conv.bias, padding=0)[0]
+            result_OTRW = convolve_extended(self._as_batch(), conv.weight, conv.bias, padding=0)[0]
         result_TRWO = result_OTRW.movedim(0, -1)
         _ = out_TRWO.add_(result_TRWO) if add else out_TRWO.copy_(result_TRWO)
+
+    def _as_batch(self) -> Tensor:
+        """The input [1, C, T + 2, R + 2, W + 2]. torch takes it for channels last by the stride of the batch
+        only; the CPU shall not, which would then turn the weights round for the few places that come here."""
+        if self.x.device.type == "cpu":
+            return self.x.movedim(-1, 0)[None]
+        return self.x[None].movedim(-1, 1)
 
 
 def _convolved(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from cogvideox_diff.memory import native_plan, stage_needs
 from cogvideox_diff.transformer import Attention, ExpertTransformer
 from cogvideox_diff.vae import blocks, fast, winograd
 from cogvideox_diff.vae.autoencoder import CausalVAE
-from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, conv_by_taps
+from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, conv_by_taps, convolve_extended
 from shared.cpu_linear import apply_linear, quick_linear
 from shared.memory import peak_bytes
 
@@ -186,6 +187,21 @@ def test_vae_without_gradients(
         encodes_half = x is pixels and dtype == torch.bfloat16 and kernels == "own"
         assert encodes_half or not torch.equal(quick, plain), "the quick form was not taken"
         assert error(quick, exact) < (4e-6 if dtype == torch.float32 else 1.2 * error(plain, exact))
+
+
+def test_strips_are_channels_last_on_a_gpu(vae: CausalVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strides by which cuDNN is chosen its layout, also of the batch whose size is one."""
+    layouts: list[bool] = []
+
+    def convolve(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        strides = [x.stride(i) for i in (1, 4, 3, 2, 0)]
+        layouts.append(strides == sorted(strides) and strides[0] == 1)
+        return convolve_extended(x, *args, **options)
+
+    monkeypatch.setattr(fast, "convolve_extended", convolve)
+    with torch.no_grad():
+        copy.deepcopy(vae).to("meta").decode(torch.empty(1, 4, 3, 6, 10, device="meta"))
+    assert layouts and all(layouts)
 
 
 @pytest.mark.parametrize("way", ["decode", "encode"])
