@@ -45,6 +45,7 @@ class StubNetwork:
         guidance_alpha: float | None = None,
         text_weight: float = 0.0,
         release: bool = False,
+        count: object = None,
     ) -> Tensor:
         call = self.expected.pop(0)
         self.check(call, layout, texts, given_BGS, guidance_alpha, text_weight)
