@@ -97,33 +97,41 @@ def step_pair(dtype: torch.dtype, batch: int, slot: int) -> Pair:
     tokens = torch.randint(config.num_image_tokens, (config.frame_len, batch), generator=random)
     while state.next_slot < slot:
         model.step(tokens[state.next_slot % config.frame_len].repeat(2), state)
-    slow = [SlowDecoder(model, state, rows) for rows in (slice(batch), slice(batch, None))]
-    labels = cluster_labels(config.num_image_tokens)
-    sampler = ours_of("sampling").CogLMSampler(labels, **DRAW)
-    uniforms = torch.rand(STEPS, batch, 2, dtype=torch.float64, generator=random)
-    guide, slow_sampler = ours_of("sampling").guide, SlowSampler(labels, **DRAW)
+    facts = {
+        "tokens": STEPS * batch,
+        "floor_seconds": STEPS * step_bytes(model, layout, 2 * batch, slot) / bandwidth(),
+    }
+    return guided_pair(model, state, tokens[:STEPS], facts)
+
+
+def guided_pair(model: Any, state: Any, tokens_SB: Tensor, facts: dict[str, Any]) -> Pair:
+    """Steps with guidance and sampling from where `state` stands, fed with these tokens."""
+    (_, batch), slot, device = tokens_SB.shape, state.next_slot, tokens_SB.device
+    with device:  # where the slow caches are
+        slow = [SlowDecoder(model, state, rows) for rows in (slice(batch), slice(batch, None))]
+    labels = cluster_labels(model.config.num_image_tokens).to(device)
+    guide, sampler = ours_of("sampling").guide, ours_of("sampling").CogLMSampler(labels, **DRAW)
+    slow_sampler = SlowSampler(labels, **DRAW)
+    random = torch.Generator().manual_seed(3)
+    uniforms = torch.rand(*tokens_SB.shape, 2, dtype=torch.float64, generator=random).to(device)
 
     def run_ours() -> Tensor:
         state.next_slot = slot
-        for number in range(STEPS):
-            logits = model.step(tokens[number].repeat(2), state)
+        for tokens_B, uniforms_B2 in zip(tokens_SB, uniforms, strict=True):
+            logits = model.step(tokens_B.repeat(2), state)
             guided = guide(logits[:batch], logits[batch:], ALPHA)
-            sampler.sample(guided, uniforms[number])
+            sampler.sample(guided, uniforms_B2)
         return guided
 
     def run_slow() -> Tensor:
         for decoder in slow:
             decoder.rewind(slot)
-        for number in range(STEPS):
-            logits, others = (decoder.step(tokens[number]) for decoder in slow)
+        for tokens_B in tokens_SB:
+            logits, others = (decoder.step(tokens_B) for decoder in slow)
             guided = others + (logits - others) * ALPHA
             slow_sampler(guided)
         return guided
 
-    facts = {
-        "tokens": STEPS * batch,
-        "floor_seconds": STEPS * step_bytes(model, layout, 2 * batch, slot) / bandwidth(),
-    }
     return Pair(
         ours=torch.inference_mode()(run_ours),
         peer=torch.inference_mode()(run_slow),

@@ -14,13 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import registry
 from benchmarks.peers import ar, diffusion
 from benchmarks.peers.diffusion import Latents
 from benchmarks.peers.harness import Case, Pair, seconds_of
-from benchmarks.peers.slow_reference import SlowDecoder, SlowSampler
 from shared.graphs import Capture
 
 FULL: Latents = (13, 60, 90)  # of 49 x 480 x 720
@@ -126,40 +124,10 @@ def ar_pair(
     token = torch.zeros(1, dtype=torch.long, device=device)
     while state.next_slot < slot:
         model.step(token.repeat(2), state)
-    with torch.device(device):  # where its caches are
-        slow = [SlowDecoder(model, state, rows) for rows in (slice(1), slice(1, None))]
-
-    labels = ar.cluster_labels(config.num_image_tokens).to(device)
-    sampling, slow_sampler = ar.ours_of("sampling"), SlowSampler(labels, **ar.DRAW)
-    sampler = sampling.CogLMSampler(labels, **ar.DRAW)
-    uniforms = torch.rand(ar.STEPS, 1, 2, dtype=torch.float64, device=device)
-
-    def run_ours() -> Tensor:
-        state.next_slot = slot
-        for number in range(ar.STEPS):
-            logits = model.step(token.repeat(2), state)
-            guided = sampling.guide(logits[:1], logits[1:], ar.ALPHA)
-            sampler.sample(guided, uniforms[number])
-        return guided
-
-    def run_slow() -> Tensor:
-        for decoder in slow:
-            decoder.rewind(slot)
-        for _ in range(ar.STEPS):
-            logits, others = (decoder.step(token) for decoder in slow)
-            guided = others + (logits - others) * ar.ALPHA
-            slow_sampler(guided)
-        return guided
-
     needed = ar.STEPS * ar.step_bytes(model, layout, 2, slot)
     rate = copy_rate(device, size=2**31 if device == "cuda" else 2**20)
     facts = {"tokens": ar.STEPS, "bytes": needed, "bytes_per_second": rate, "floor_seconds": needed / rate}
-    return Pair(
-        ours=torch.inference_mode()(run_ours),
-        peer=torch.inference_mode()(run_slow),
-        difference=lambda: diffusion.relative_difference(run_ours(), run_slow()),
-        facts=facts,
-    )
+    return ar.guided_pair(model, state, token.expand(ar.STEPS, 1), facts)
 
 
 def filled(build: Callable[[], Any], dtype: torch.dtype, device: str) -> Any:
