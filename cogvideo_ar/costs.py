@@ -7,7 +7,7 @@ P slots of a step, d width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -387,26 +387,17 @@ def stage_costs(
     if missing:
         keys = keyframe_stage(base, text, samples, num_frames=plan.num_keyframes, guided=guided)
         runs["model/keyframes"] = [keys]
-    costs = [_token_cost(name, "keyframes", stages, size) for name, stages in runs.items()]
-    costs += _interpolation_costs(config, plan, text, samples, size)
+    costs = [_token_cost(name, "keyframes", stages, dtype, on_cpu) for name, stages in runs.items()]
+    costs += _interpolation_costs(config, plan, text, samples, dtype, on_cpu)
     grid = base.grid
     for name, fine in _fine_stages(config, plan):
         costs.append(_fine_cost(name, fine, plan.num_frames * samples, size))
         grid = fine.fine_grid
-    if on_cpu:
-        nets = {"keyframes": config.keyframes, "interpolation": config.interpolation}
-        first = "model/first_frame"
-        costs = [
-            replace(cost, work=cost.work + copied_bytes(nets[cost.net], dtype, base_only=cost.name == first))
-            if cost.net in nets
-            else cost
-            for cost in costs
-        ]
     return [*costs, _codec_cost(config.vqvae, plan.num_frames, samples, grid)]
 
 
 def _interpolation_costs(
-    config: CogVideoConfig, plan: Plan, text: int, samples: int, size: int
+    config: CogVideoConfig, plan: Plan, text: int, samples: int, dtype: torch.dtype, on_cpu: bool
 ) -> list[StageCost]:
     """The rounds one after the other; each has its own batches."""
     step = (config.interpolation.num_frames - 1) // 2
@@ -418,11 +409,13 @@ def _interpolation_costs(
         most = plan.sampling.max_batch
         stages += interpolation_stages(config.interpolation, text, blocks, max_batch=most, guided=guided)
         frames = 2 * frames - 1
-    return [_token_cost("model/interpolation", "interpolation", stages, size)] if stages else []
+    name = "interpolation"
+    return [_token_cost(f"model/{name}", name, stages, dtype, on_cpu)] if stages else []
 
 
-def _token_cost(name: str, net: str, stages: list[TokenStage], size: int) -> StageCost:
-    config = stages[0].config
+def _token_cost(name: str, net: str, stages: list[TokenStage], dtype: torch.dtype, on_cpu: bool) -> StageCost:
+    config, size = stages[0].config, dtype.itemsize
+    copies = copied_bytes(config, dtype, base_only=stages[0].layout.base_only) if on_cpu else 0
     whole, own = transformer_params(config)
     block = block_params(
         config, channels=1 if config.temporal == "none" else 2, mix=config.temporal != "none"
@@ -439,7 +432,7 @@ def _token_cost(name: str, net: str, stages: list[TokenStage], size: int) -> Sta
         weights=whole * size,
         streamed=(whole - (config.num_layers - 2) * block) * size,
         cache=max(caches),
-        work=max(works),
+        work=max(works) + copies,
         shared=(whole - own) * size if net == "interpolation" else 0,
     )
 
