@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from shared.clips.dataset import Clip, content_key
-from shared.clips.workers import started, told
+from shared.clips.workers import items_of
 from shared.config_io import check_type
 from shared.errors import OutputPathError, UserError
 from shared.json_files import parse_json
@@ -206,7 +206,7 @@ def measure_all(
     work = _Work(clips, frozenset(known))
     loader = DataLoader(work, batch_size=None, num_workers=num_workers, collate_fn=list)  # keeps the order
     found = []
-    ahead = tqdm(told(started(loader)), total=len(clips), desc="clips", disable=quiet or None)
+    ahead = tqdm(items_of(loader), total=len(clips), desc="clips", disable=quiet or None)
     for clip, (key, fresh) in zip(clips, ahead, strict=True):
         measures = known.get(key) or fresh or measure(clip.video)
         if key and key not in known:

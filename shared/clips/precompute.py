@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from shared.checkpoints import load_metadata, load_tensors, open_safetensors, save_tensors
 from shared.clips.dataset import Clip, Extent, content_key, probe
-from shared.clips.workers import started, told
+from shared.clips.workers import items_of
 from shared.config_io import check_type
 from shared.errors import (
     BatchError,
@@ -262,7 +262,7 @@ def _mapped(values: Sequence[T], work: Callable[[T], Any], num_workers: int) -> 
     if check_workers(num_workers) == 0 or not values:
         return iter(map(work, values))
     loader = DataLoader(_Mapped(values, work), batch_size=None, num_workers=num_workers, collate_fn=_same)
-    return told(started(loader))
+    return items_of(loader)
 
 
 def _same(value: T) -> T:

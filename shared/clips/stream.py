@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shared.clips.buckets import Bucket, assign
 from shared.clips.dataset import Clip, Extent, even_count, even_indices, probe, read_clips, read_frames
-from shared.clips.workers import started, told
+from shared.clips.workers import items_of
 from shared.errors import BatchError, SettingError, UserError
 from shared.transforms import fit_video
 
@@ -155,7 +155,7 @@ class ClipStream:
                 collate_fn=list,
                 generator=torch.Generator(),  # else the loader draws from the state that training uses
             )
-            self._ahead = told(started(loader))
+            self._ahead = items_of(loader)
         self._next = -1  # a loader that failed is not asked again
         read = next(self._ahead)
         self._next = step + self.stride

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,20 +11,36 @@ from torch.utils.data import DataLoader
 from shared.errors import UserError
 
 
-def started(loader: DataLoader) -> Iterator[Any]:
-    """iter(loader), that tells a worker's death when the next item is asked for. Else torch's handler of
-    SIGCHLD raises wherever this process happens to be: in an import, while a thread starts."""
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+def items_of(loader: DataLoader) -> Iterator[Any]:
+    """The loader's items; its workers begin at once. UserError where a worker died, raised when the next
+    item is asked for and nowhere else."""
+    return _told(_started(loader))
+
+
+def _started(loader: DataLoader) -> Iterator[Any]:
+    """iter(loader), made beside the main thread: there torch would set a handler of SIGCHLD, that raises
+    wherever the process happens to be, even while the next worker's queue starts. Without it torch asks
+    every few seconds of waiting whether its workers live."""
+    if loader.num_workers == 0:
         return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    items = iter(loader)
-    if before is not None:  # else not set by Python
-        signal.signal(signal.SIGCHLD, before)
-    return items
+    made: list[Iterator[Any]] = []
+    failed: list[Exception] = []
+
+    def make() -> None:
+        try:
+            made.append(iter(loader))
+        except Exception as error:
+            failed.append(error)
+
+    beside = threading.Thread(target=make, name="start workers", daemon=True)
+    beside.start()
+    beside.join()
+    if failed:
+        raise failed[0]
+    return made[0]
 
 
-def told(items: Iterator[Any]) -> Iterator[Any]:
-    """The items; UserError where a worker died."""
+def _told(items: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from items
     except RuntimeError as error:
