@@ -70,24 +70,41 @@ def say(options: argparse.Namespace, content: Mapping[str, Any], lines: Sequence
 
 
 def interruptible(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """`shared.config_cli.run`, where SIGTERM interrupts as Ctrl-C does, so that temporary files go."""
-    with _terminable():
+    """`shared.config_cli.run`, where SIGTERM interrupts as Ctrl-C does, so that temporary files go. Native
+    code may lose the interruption and fail in words of its own, which nobody should read: it counts."""
+    with _noted_signals() as signals:
+
+        def until_interrupted(arguments: Sequence[str]) -> int | None:
+            try:
+                return main(arguments)
+            except Exception as error:
+                if signals:
+                    raise KeyboardInterrupt from error
+                raise
+
         try:
-            return run(main, argv)
+            return run(until_interrupted, argv)
         except KeyboardInterrupt:  # while an interruption was being reported
             return INTERRUPTED
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _noted_signals() -> Iterator[list[int]]:
+    """The numbers of the signals that have interrupted this process."""
+    came: list[int] = []
+
     def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
