@@ -18,16 +18,23 @@ def _cpu_linear(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
-_cpu_attention._get_raw = _cpu_linear._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes
+def _cpu_weighted_rows(table: Tensor, places: Tensor, *rest: Any, **options: Any) -> int:
+    return 2 * places.numel() * table.shape[1]
+
+
+for count in (_cpu_attention, _cpu_linear, _cpu_weighted_rows):
+    count._get_raw = True  # type: ignore[attr-defined]  # tensors, not shapes
 MISSING = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.mkldnn._linear_pointwise: _cpu_linear,
+    torch.ops.aten._embedding_bag: _cpu_weighted_rows,
+    torch.ops.aten._embedding_bag_forward_only: _cpu_weighted_rows,
 }
 
 
 @torch.no_grad()
 def counted_flops(run: Callable[[], object]) -> int:
-    """By torch's own counter, which knows neither the CPU's attention kernel nor its linear one."""
+    """By torch's own counter, which does not know the CPU's own kernels."""
     with FlopCounterMode(display=False, custom_mapping=MISSING) as counter:
         run()
     return counter.get_total_flops()

@@ -1,0 +1,40 @@
+"""Weighted sums of rows equal the product, whatever lies between the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.weighted_rows import weighted_rows
+
+
+def given(dtype: torch.dtype, queries: int, used: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(queries * used)
+    cache = torch.randn(2, 3, 4, 40, 16, generator=random).to(dtype)  # as of a cache: rows of a longer region
+    weights = torch.randn(3, 4, queries, used, generator=random).softmax(-1).to(dtype)
+    return weights, cache[1, :, :, 5 : 5 + used]
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5])
+@pytest.mark.parametrize("used", [1, 7, 35])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_the_product(dtype: torch.dtype, queries: int, used: int) -> None:
+    weights, v = given(dtype, queries, used)
+    with torch.no_grad():
+        torch.testing.assert_close(weighted_rows(weights, v), weights @ v)
+        once_more = weighted_rows(weights.flip(3), v.flip(2))  # the same places, another table
+        torch.testing.assert_close(once_more, weights @ v)
+
+
+def test_what_cannot_be_a_table_is_a_product() -> None:
+    weights, v = given(torch.float32, 2, 7)
+    with torch.no_grad():
+        product = weights @ v
+        for other in (v.mT.contiguous().mT, torch.nn.functional.pad(v, (0, 3))[..., :16]):
+            assert torch.equal(weighted_rows(weights, other), weights @ other)
+        assert weighted_rows(weights.double(), v.double()).dtype == torch.float64
+        assert weighted_rows(weights[:0], v[:0]).shape == (0, 4, 2, 16)
+    weights.requires_grad_()
+    weighted_rows(weights, v).sum().backward()
+    assert weights.grad is not None and torch.equal(weighted_rows(weights, v), product)
