@@ -108,7 +108,7 @@ def guided_pair(model: Any, state: Any, tokens_SB: Tensor, facts: dict[str, Any]
     """Steps with guidance and sampling from where `state` stands, fed with these tokens."""
     (_, batch), slot, device = tokens_SB.shape, state.next_slot, tokens_SB.device
     with device:  # where the slow caches are
-        slow = [SlowDecoder(model, state, rows) for rows in (slice(batch), slice(batch, None))]
+        slow = [SlowDecoder.behind(model, state, rows) for rows in (slice(batch), slice(batch, None))]
     labels = cluster_labels(model.config.num_image_tokens).to(device)
     guide, sampler = ours_of("sampling").guide, ours_of("sampling").CogLMSampler(labels, **DRAW)
     slow_sampler = SlowSampler(labels, **DRAW)

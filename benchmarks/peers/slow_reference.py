@@ -4,8 +4,7 @@ What the release does at every token, in our words and over our weights: rows of
 for every layer (text | frames | this slot, keys and values each); one forward for the prompts and one for
 guidance; in the windowed channel a list of places and an index_select; the temporal channel also where its
 result is thrown away (first frame); the head's weights cast to float32; a sampler that sums clusters by
-scatter_add and masks row by row. Its prefill is not written again: the caches begin as copies of ours, which
-flatters it.
+scatter_add and masks row by row. How it reads the given frames: `slow_prefill`.
 
 Legend: B rows, L positions, C channels, N heads, D head dim, V image tokens, K kept clusters.
 """
@@ -13,64 +12,50 @@ Legend: B rows, L positions, C channels, N heads, D head dim, V image tokens, K 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import registry
-
-
-@dataclass
-class Memory:
-    """Keys | values of one channel and layer, and how many positions are filled."""
-
-    kv: Tensor  # [B, room, 2C]
-    length: int
-
-    def filled(self) -> Tensor:
-        return self.kv[:, : self.length]
-
-    def append(self, new_B1C: Tensor) -> None:
-        self.kv[:, self.length : self.length + 1] = new_B1C
-        self.length += 1
+from benchmarks.peers.slow_prefill import Memories, Memory, image_logits, mlp, prefill
 
 
 class SlowDecoder:
-    """Rows of one text length; `rows` of a `DecodeState` of ours say where it begins."""
+    """Rows of one text length that stand at a slot, with what came before it in `memories`."""
 
-    def __init__(self, model: Any, state: Any, rows: slice, *, discard_temporal: bool = False) -> None:
-        self.model, self.layout, self.next_slot = model, state.layout, state.next_slot
-        self.text, self.frame_len = state.layout.text_len, state.layout.frame_len
-        self.window, self.discard_temporal = model.config.window, discard_temporal
-        self.positions = state.positions
-        self.spatial = [self._spatial_memory(cache, rows) for cache in state.caches]
-        self.temporal = [self._temporal_memory(i, cache, rows) for i, cache in enumerate(state.caches)]
+    def __init__(self, model: Any, layout: Any, memories: Memories, next_slot: int) -> None:
+        self.model, self.layout, self.memories, self.next_slot = model, layout, memories, next_slot
+        self.text, self.frame_len, self.window = layout.text_len, layout.frame_len, model.config.window
+        self.positions = model.position_rows(layout.slot_positions().to(model.word_embeddings.weight.device))
+
+    @classmethod
+    def behind(cls, model: Any, state: Any, rows: slice) -> SlowDecoder:
+        """Where these rows of a `DecodeState` of ours stand."""
+        return cls(model, state.layout, _memories_of(model, state, rows), state.next_slot)
 
     def rewind(self, next_slot: int) -> None:
         """Stand at `next_slot` of the same frame again."""
         back, self.next_slot = self.next_slot - next_slot, next_slot
-        for memory in (*self.spatial, *self.temporal):
+        for memory in chain.from_iterable(self.memories):
             memory.length -= back
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Feed the next slot's token; logits [B, V] in float32."""
         if self.next_slot and self.next_slot % self.frame_len == 0:
-            for memory in self.spatial:
-                memory.length = self.text
+            for spatial, _ in self.memories:
+                spatial.length = self.text
         x_B1C = (self.model.word_embeddings(tokens_B) + self.positions[self.next_slot])[:, None]
         for layer, block in enumerate(self.model.blocks):
             attended = self._attention(layer, block.attention, block.attention_norm(x_B1C))
             x_B1C = x_B1C + block.attention_out_norm(attended)
-            x_B1C = x_B1C + block.mlp_out_norm(block.mlp(block.mlp_norm(x_B1C)))
+            x_B1C = x_B1C + block.mlp_out_norm(mlp(block, block.mlp_norm(x_B1C)))
         self.next_slot += 1
-        head_VC = self.model.word_embeddings.weight[: self.model.config.num_image_tokens]
-        return F.linear(self.model.final_norm(x_B1C[:, 0]).float(), head_VC.float())
+        return image_logits(self.model, x_B1C[:, 0])
 
     def _attention(self, layer: int, attention: Any, x_B1C: Tensor) -> Tensor:
-        spatial, temporal = self.spatial[layer], self.temporal[layer]
+        spatial, temporal = self.memories[layer]
         q, k, v = attention.spatial.qkv(x_B1C).chunk(3, dim=-1)
         keys, values = (
             torch.cat([old, new], dim=1)
@@ -87,7 +72,7 @@ class SlowDecoder:
         keys, values = (torch.cat([t, torch.cat([old, new], dim=1)], dim=1) for t, old, new in pairs)
         over_time = self._attend(q, keys, values)
         temporal.append(torch.cat([k, v], dim=-1))
-        if self.discard_temporal:
+        if self.layout.base_only:
             return out
         share = attention.mix.sigmoid()
         return out * share + attention.temporal.out(over_time) * (1 - share)
@@ -105,33 +90,30 @@ class SlowDecoder:
         places = [one * self.frame_len + near for one in range(frame) for near in region]
         return places + [frame * self.frame_len + near for near in region if near < slot]
 
-    # ---- how it begins
 
-    def _spatial_memory(self, cache: Any, rows: slice) -> Memory:
-        length = self.text + self.next_slot % self.frame_len
-        room = torch.zeros(
-            len(range(*rows.indices(cache.spatial.kv.shape[1]))),
-            self.text + self.frame_len,
-            2 * self.model.config.hidden_size,
-            dtype=cache.spatial.kv.dtype,
+def _memories_of(model: Any, state: Any, rows: slice) -> Memories:
+    """Copies of what caches of ours hold. Ours keep nothing of a temporal channel that is thrown away."""
+    layout, text = state.layout, state.layout.text_len
+    num_rows = len(range(*rows.indices(state.caches[0].spatial.kv.shape[1])))
+    memories = []
+    for layer, cache in enumerate(state.caches):
+        rooms = (text + layout.frame_len, layout.length)
+        spatial_room, temporal_room = (
+            cache.spatial.kv.new_zeros(num_rows, room, 2 * model.config.hidden_size) for room in rooms
         )
-        room[:, :length] = _merged(cache.spatial.first(length), rows)
-        return Memory(room, length)
-
-    def _temporal_memory(self, layer: int, cache: Any, rows: slice) -> Memory:
-        text, length = self.text, self.text + self.next_slot
-        num_rows, size = len(range(*rows.indices(cache.spatial.kv.shape[1]))), self.layout.length
-        room = torch.zeros(num_rows, size, 2 * self.model.config.hidden_size, dtype=cache.spatial.kv.dtype)
-        if self.layout.base_only:  # ours does not keep what the first frame throws away
-            return Memory(room, length)
-        for region, slots in enumerate(_regions(self.model, self.layout, layer)):
+        length = text + state.next_slot % layout.frame_len
+        spatial_room[:, :length] = _merged(cache.spatial.first(length), rows)
+        for region, slots in enumerate([] if layout.base_only else _regions(model, layout, layer)):
             places = torch.tensor(slots)
-            held = _merged(cache.temporal.first(text + self.layout.num_frames * len(slots), region), rows)
-            room[:, :text] = held[:, :text]
-            for frame in range(self.layout.num_frames):
+            held = _merged(cache.temporal.first(text + layout.num_frames * len(slots), region), rows)
+            temporal_room[:, :text] = held[:, :text]
+            for frame in range(layout.num_frames):
                 first = text + frame * len(slots)
-                room[:, text + frame * self.frame_len + places] = held[:, first : first + len(slots)]
-        return Memory(room, length)
+                temporal_room[:, text + frame * layout.frame_len + places] = held[
+                    :, first : first + len(slots)
+                ]
+        memories.append((Memory(spatial_room, length), Memory(temporal_room, text + state.next_slot)))
+    return memories
 
 
 def _merged(kv_BNLD: tuple[Tensor, Tensor], rows: slice) -> Tensor:
@@ -175,10 +157,14 @@ def slow_generate(
     `guidance_alpha` the second half of `texts` are the guidance texts; texts are equally long."""
     num_samples, num_given, frame_len = given_BGS.shape
     groups = 1 if guidance_alpha is None else 2
-    prefill = registry.module("cogvideo", "generation").prefill
-    state = prefill(model, layout, list(texts), given_BGS, groups=groups, text_weight=0.0, release=False)
-    halves = [slice(i * num_samples, (i + 1) * num_samples) for i in range(groups)]
-    decoders = [SlowDecoder(model, state, rows, discard_temporal=layout.base_only) for rows in halves]
+    halves = [
+        torch.tensor(texts[first : first + num_samples])
+        for first in range(0, groups * num_samples, num_samples)
+    ]
+    decoders = [
+        SlowDecoder(model, layout, prefill(model, layout, text_BT, given_BGS), num_given * frame_len)
+        for text_BT in halves
+    ]
     tokens_BL = given_BGS.flatten(1)
     for number in range(num_given * frame_len, layout.num_frames * frame_len):
         start = number % frame_len == 0
