@@ -14,6 +14,7 @@ import torch
 from cogvideo_ar import fast_decode
 from cogvideo_ar.attention import layer_kinds, region_slots
 from cogvideo_ar.config import CogVideoConfig, SuperResolutionConfig, TransformerConfig, VQVAEConfig
+from cogvideo_ar.kv_cache import COLUMNS, num_blocks
 from cogvideo_ar.layout import (
     SequenceLayout,
     image_layout,
@@ -84,14 +85,24 @@ def codec_params(config: VQVAEConfig) -> int:
 # ---- caches
 
 
-def cache_bytes(config: TransformerConfig, layout: SequenceLayout, rows: int, size: int, lanes: int) -> int:
-    """Keys and values of both channels; `lanes` frames are under way at once."""
-    spatial = lanes * (layout.text_len + layout.frame_len)
-    temporal = [
-        sum(layout.text_len + layout.num_frames * len(slots) for slots in regions)
+def cache_bytes(
+    config: TransformerConfig,
+    layout: SequenceLayout,
+    rows: int,
+    size: int,
+    lanes: int,
+    *,
+    columns: bool = False,
+) -> int:
+    """Keys and values of both channels; `lanes` frames are under way at once. `columns`: keys in whole blocks
+    (`kv_cache.ColumnCache`)."""
+    spatial = [layout.text_len + layout.frame_len] * lanes
+    layers = [spatial] * config.num_layers + [
+        [layout.text_len + layout.num_frames * len(slots) for slots in regions]
         for regions in _regions(config, layout)
     ]
-    return 2 * rows * config.hidden_size * size * (config.num_layers * spatial + sum(temporal))
+    keys = [COLUMNS * num_blocks(region) if columns else region for layer in layers for region in layer]
+    return rows * config.hidden_size * size * (sum(keys) + sum(map(sum, layers)))
 
 
 def _regions(config: TransformerConfig, layout: SequenceLayout) -> Iterator[list[torch.Tensor]]:
@@ -213,12 +224,12 @@ class TokenStage:
     waves: bool = False
     runs: int = 1
 
-    def cost(self, size: int) -> tuple[int, int, int, tuple[Part, ...]]:
+    def cost(self, size: int, *, columns: bool = False) -> tuple[int, int, int, tuple[Part, ...]]:
         """(sequential steps, bytes of the cache, bytes of the rest at its peak, work)."""
         config, layout, rows = self.config, self.layout, self.rows
         steps, parallel, parts = decode_parts(config, layout, rows, size, waves=self.waves)
         lanes = max(1, layout.num_frames - layout.num_given) if self.waves else 1
-        cache = cache_bytes(config, layout, rows, size, lanes)
+        cache = cache_bytes(config, layout, rows, size, lanes, columns=columns)
         work = max(prefill_work(config, layout, rows, size), step_work(config, rows, parallel, size))
         whole = (*prefill_parts(config, layout, rows, size), *parts)
         positions = layout.num_frames * layout.frame_len * config.hidden_size * size
@@ -420,7 +431,9 @@ def _token_cost(name: str, net: str, stages: list[TokenStage], dtype: torch.dtyp
     block = block_params(
         config, channels=1 if config.temporal == "none" else 2, mix=config.temporal != "none"
     )
-    steps, caches, works, parts = zip(*(stage.cost(size) for stage in stages), strict=True)
+    steps, caches, works, parts = zip(
+        *(stage.cost(size, columns=copies > 0) for stage in stages), strict=True
+    )
     runs = sum(stage.runs for stage in stages)
     return StageCost(
         name=name,

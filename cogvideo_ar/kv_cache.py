@@ -1,6 +1,6 @@
 """Keys and values of earlier positions: allocated once, filled by place, read without a copy where possible.
 
-Legend: B rows, N heads, S positions, D head dim.
+Legend: B rows, N heads, S positions, D head dim, C blocks of K columns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from shared.cpu_attention import COLUMNS, column_scores
+
 
 class KVCache:
     """One channel of one layer. Several independent regions lie one behind the other (the windows of the
@@ -20,33 +22,88 @@ class KVCache:
 
     def __init__(self, rows: int, num_heads: int, head_dim: int, region_sizes: Sequence[int], like: Tensor):
         self.starts = [0, *accumulate(region_sizes)]
-        self.kv = torch.empty(
-            2, rows, num_heads, self.starts[-1], head_dim, dtype=like.dtype, device=like.device
-        )
+        shape = (rows, num_heads, self.starts[-1], head_dim)
+        self.keys, self.values = torch.empty(2, *shape, dtype=like.dtype, device=like.device).unbind()
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
     def put(self, k_BNSD: Tensor, v_BNSD: Tensor, position: int, region: int = 0) -> None:
         """Store at `position` of the region, over what may be there; a gap may be left before it."""
-        start, end = self.starts[region] + position, position + k_BNSD.shape[2]
+        end = position + k_BNSD.shape[2]
         if (size := self.starts[region + 1] - self.starts[region]) < end:
             raise ValueError(f"cache region of {size} positions cannot hold {end}")
-        self.kv[0, :, :, start : self.starts[region] + end] = k_BNSD
-        self.kv[1, :, :, start : self.starts[region] + end] = v_BNSD
+        self._put_keys(k_BNSD, position, region)
+        self.values[:, :, self._slice(position, end, region)] = v_BNSD
+
+    def _put_keys(self, k_BNSD: Tensor, position: int, region: int) -> None:
+        self.keys[:, :, self._slice(position, position + k_BNSD.shape[2], region)] = k_BNSD
 
     def of_rows(self, rows: slice) -> KVCache:
         """The same memory, some rows of it."""
         part = copy.copy(self)
-        part.kv = self.kv[:, rows]
+        part.keys, part.values = self.keys[rows], self.values[rows]
         return part
+
+    def with_regions(self, sizes: Sequence[int]) -> KVCache:
+        """An empty one of the same kind."""
+        rows, heads, _, dim = self.values.shape
+        return type(self)(rows, heads, dim, sizes, self.values)
 
     def first(self, length: int, region: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of the region's first `length` positions, as views."""
-        places = slice(self.starts[region], self.starts[region] + length)
-        return self.kv[0, :, :, places], self.kv[1, :, :, places]
+        return self.keys[:, :, self._slice(0, length, region)], self.values_of(length, region)
+
+    def values_of(self, length: int, region: int = 0) -> Tensor:
+        """Values of the region's first `length` positions, as a view."""
+        return self.values[:, :, self._slice(0, length, region)]
 
     def take(self, positions_S: Tensor, region: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of these positions of the region, copied."""
-        k, v = self.kv.index_select(3, self.starts[region] + positions_S).unbind(0)
-        return k, v
+        places_S = self.starts[region] + positions_S
+        return self.keys.index_select(2, places_S), self.values.index_select(2, places_S)
+
+    def _slice(self, first: int, end: int, region: int) -> slice:
+        return slice(self.starts[region] + first, self.starts[region] + end)
+
+
+class ColumnCache(KVCache):
+    """One whose keys lie in columns, for steps on the CPU: [B, N, C, D, K], every region in blocks of its
+    own. `scores` reads them where they are."""
+
+    def __init__(self, rows: int, num_heads: int, head_dim: int, region_sizes: Sequence[int], like: Tensor):
+        self.starts = [0, *accumulate(region_sizes)]
+        self.blocks = [0, *accumulate(num_blocks(size) for size in region_sizes)]
+        self.values = like.new_empty(rows, num_heads, self.starts[-1], head_dim)
+        self.keys = like.new_empty(rows, num_heads, self.blocks[-1], head_dim, COLUMNS)
+
+    def _put_keys(self, k_BNSD: Tensor, position: int, region: int) -> None:
+        done = 0
+        while done < k_BNSD.shape[2]:
+            block, column = divmod(position + done, COLUMNS)
+            part = k_BNSD[:, :, done : done + COLUMNS - column].mT
+            self.keys[:, :, self.blocks[region] + block, :, column : column + part.shape[3]] = part
+            done += part.shape[3]
+
+    def first(self, length: int, region: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of the region's first `length` positions, the keys as a copy."""
+        blocks = self.keys[:, :, self.blocks[region] : self.blocks[region] + num_blocks(length)]
+        return blocks.mT.flatten(2, 3)[:, :, :length], self.values_of(length, region)
+
+    def take(self, positions_S: Tensor, region: int = 0) -> tuple[Tensor, Tensor]:
+        blocks_S = self.blocks[region] + positions_S // COLUMNS
+        keys = self.keys.mT[:, :, blocks_S, positions_S % COLUMNS]
+        return keys, self.values.index_select(2, self.starts[region] + positions_S)
+
+    def scores(self, q_BNPD: Tensor, num_keys: int, region: int = 0) -> Tensor:
+        """`q @ k.mT` of the region's first keys [B, N, P, num_keys]."""
+        return column_scores(q_BNPD, self.keys[:, :, self.blocks[region] :], num_keys)
+
+
+def num_blocks(positions: int) -> int:
+    """Blocks of columns for so many positions of a region."""
+    return -(-positions // COLUMNS)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogvideo_ar.attention import excluded, layer_kinds, region_slots, text_bias
-from cogvideo_ar.kv_cache import KVCache, LayerCache
+from cogvideo_ar.kv_cache import ColumnCache, KVCache, LayerCache
 from cogvideo_ar.layout import SequenceLayout, near_frames, near_slots
 from shared.attention import attend
-from shared.weighted_rows import weighted_rows
+from shared.cpu_attention import weighted_rows
 
 Place = tuple[int, int]  # (frame in the order of the sequence, slot)
 
@@ -127,14 +127,18 @@ def _attend_looks(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, looks: list[L
     sizes = [look.slots for look in looks]
     for look, k_look, v_look in zip(looks, k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True):
         cache.put(k_look, v_look, look.position, look.region)
-    outs = []
-    for look, q_look in zip(looks, q.split(sizes, dim=2), strict=True):
-        if isinstance(look.keys, int):
-            seen = cache.first(look.keys, look.region)
-        else:
-            seen = cache.take(look.keys, look.region)
-        outs.append(attend_slot(q_look, *seen, look.bias))
+    pairs = zip(looks, q.split(sizes, dim=2), strict=True)
+    outs = [_attend_look(q_look, cache, look) for look, q_look in pairs]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _attend_look(q: Tensor, cache: KVCache, look: Look) -> Tensor:
+    if not isinstance(look.keys, int):
+        return attend_slot(q, *cache.take(look.keys, look.region), look.bias)
+    if isinstance(cache, ColumnCache):
+        scores = cache.scores(q * q.shape[-1] ** -0.5, look.keys, look.region)
+        return _weighted(scores, cache.values_of(look.keys, look.region), look.bias)
+    return attend_slot(q, *cache.first(look.keys, look.region), look.bias)
 
 
 def _num_lost(
@@ -198,4 +202,8 @@ def attend_slot(q_BNPD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, bias: Tensor | N
         return attend(q_BNPD, k_BNSD, v_BNSD, bias=bias)
     # keys as the left factor: a matrix times few vectors, which the libraries read at twice the rate
     scores = (k_BNSD @ (q_BNPD * q_BNPD.shape[-1] ** -0.5).mT).mT.contiguous()
-    return weighted_rows(F.softmax(scores if bias is None else scores + bias, dim=-1), v_BNSD)
+    return _weighted(scores, v_BNSD, bias)
+
+
+def _weighted(scores_BNPS: Tensor, v_BNSD: Tensor, bias: Tensor | None) -> Tensor:
+    return weighted_rows(F.softmax(scores_BNPS if bias is None else scores_BNPS + bias, dim=-1), v_BNSD)

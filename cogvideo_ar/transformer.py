@@ -19,9 +19,10 @@ from cogvideo_ar.attention import AttentionContext, FullAttention, region_slots
 from cogvideo_ar.config import RELEASED_TEXT_ROOM, SANE, BlockConfig, Oddities, TransformerConfig
 from cogvideo_ar.fast_decode import StepNet, applies
 from cogvideo_ar.graph_step import GraphStep
-from cogvideo_ar.kv_cache import KVCache, LayerCache
+from cogvideo_ar.kv_cache import ColumnCache, KVCache, LayerCache
 from cogvideo_ar.layout import SequenceLayout, text_positions
 from cogvideo_ar.slot_attention import Place, SlotAttention
+from shared.cpu_attention import has_bags
 from shared.cpu_linear import apply_linear
 from shared.graphs import Capture
 
@@ -134,14 +135,18 @@ class DecodeState:
     graph: GraphStep | None = None  # before the others
 
 
-def layer_cache(config: TransformerConfig, layout: SequenceLayout, layer: int, like: Tensor) -> LayerCache:
-    """Room for the keys and values of one layer; `like` [B, ...] gives rows, dtype and device."""
+def layer_cache(
+    config: TransformerConfig, layout: SequenceLayout, layer: int, like: Tensor, *, columns: bool = False
+) -> LayerCache:
+    """Room for the keys and values of one layer; `like` [B, ...] gives rows, dtype and device. `columns`: for
+    steps on the CPU."""
+    made = ColumnCache if columns else KVCache
     shape = (like.shape[0], config.num_heads, config.head_dim)
     regions = [] if layout.base_only else region_slots(layout, config.window, layer)
     sizes = [layout.text_len + layout.num_frames * len(slots) for slots in regions]
     return LayerCache(
-        spatial=KVCache(*shape, [layout.text_len + layout.frame_len], like),
-        temporal=KVCache(*shape, sizes, like),
+        spatial=made(*shape, [layout.text_len + layout.frame_len], like),
+        temporal=made(*shape, sizes, like),
     )
 
 
@@ -277,7 +282,10 @@ class CogVideoTransformer(nn.Module):
         quick = not graph and applies(self)
         state = DecodeState(
             layout=layout,
-            caches=[layer_cache(self.config, layout, layer, like) for layer in range(self.config.num_layers)],
+            caches=[
+                layer_cache(self.config, layout, layer, like, columns=quick and has_bags(like))
+                for layer in range(self.config.num_layers)
+            ],
             context=steps,
             positions=self.position_rows(layout.slot_positions().to(like.device)),
             next_slot=num_given * layout.frame_len,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cogvideo_ar.config import CogVideoConfig, TransformerConfig
 from cogvideo_ar.generation import Sample, prefill
-from cogvideo_ar.kv_cache import KVCache, LayerCache
+from cogvideo_ar.kv_cache import LayerCache
 from cogvideo_ar.layout import (
     SequenceLayout,
     image_layout,
@@ -206,9 +206,7 @@ def generate_tokens_in_waves(
 
 def _with_lanes(cache: LayerCache, layout: SequenceLayout, num_lanes: int) -> LayerCache:
     """The spatial channel with a region for each generated frame instead of one for the current frame."""
-    _, rows, num_heads, _, head_dim = cache.spatial.kv.shape
-    sizes = [layout.text_len + layout.frame_len] * num_lanes
-    lanes = KVCache(rows, num_heads, head_dim, sizes, cache.spatial.kv)
+    lanes = cache.spatial.with_regions([layout.text_len + layout.frame_len] * num_lanes)
     for lane in range(num_lanes):
         lanes.put(*cache.spatial.first(layout.text_len), 0, lane)
     return LayerCache(spatial=lanes, temporal=cache.temporal)

@@ -79,8 +79,9 @@ class Bench:
         self.x_BLC = torch.randn(rows, self.prefix.length, self.hidden).to(dtype)
         self.x_B1C = torch.randn(rows, 1, self.hidden).to(dtype)
         self.cache = layer_cache(config, layout, 0, self.x_BLC)
-        self.cache.temporal.kv.normal_()  # frames between the prefill and the last slot
-        self.cache.spatial.kv.normal_()
+        for cache in (self.cache.temporal, self.cache.spatial):
+            cache.keys.normal_()  # frames between the prefill and the last slot
+            cache.values.normal_()
         reach = {"window": config.window, "extent": config.extent, "like": self.x_BLC}
         self.whole, self.step = FullAttention(self.prefix, **reach), SlotAttention(layout, **reach)
         self.step.aim(((layout.num_frames - 1, layout.frame_len - 1),))

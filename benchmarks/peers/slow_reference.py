@@ -94,12 +94,12 @@ class SlowDecoder:
 def _memories_of(model: Any, state: Any, rows: slice) -> Memories:
     """Copies of what caches of ours hold. Ours keep nothing of a temporal channel that is thrown away."""
     layout, text = state.layout, state.layout.text_len
-    num_rows = len(range(*rows.indices(state.caches[0].spatial.kv.shape[1])))
+    num_rows = len(range(*rows.indices(len(state.caches[0].spatial.values))))
     memories = []
     for layer, cache in enumerate(state.caches):
         rooms = (text + layout.frame_len, layout.length)
         spatial_room, temporal_room = (
-            cache.spatial.kv.new_zeros(num_rows, room, 2 * model.config.hidden_size) for room in rooms
+            cache.spatial.values.new_zeros(num_rows, room, 2 * model.config.hidden_size) for room in rooms
         )
         length = text + state.next_slot % layout.frame_len
         spatial_room[:, :length] = _merged(cache.spatial.first(length), rows)

@@ -203,7 +203,7 @@ def test_the_cache_has_the_predicted_bytes(channel: str, name: str):
         torch.randint(256, (stage.rows, stage.layout.num_given * stage.layout.frame_len)),
         stage.layout,
     )
-    held = sum(cache.spatial.kv.nbytes + cache.temporal.kv.nbytes for cache in state.caches)
+    held = sum(cache.spatial.nbytes + cache.temporal.nbytes for cache in state.caches)
     assert cache_bytes(stage.config, stage.layout, stage.rows, 4, 1) == held
 
 

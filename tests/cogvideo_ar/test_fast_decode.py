@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cogvideo_ar import fast_decode
+from cogvideo_ar import fast_decode, transformer
 from cogvideo_ar.config import cogvideo
 from cogvideo_ar.costs import cache_bytes, copied_bytes, transformer_params
 from cogvideo_ar.generation import generate_tokens
+from cogvideo_ar.kv_cache import ColumnCache
 from cogvideo_ar.layout import frame_slots, image_layout, interpolation_layout, keyframe_layout
 from cogvideo_ar.sampling import CogLMSampler
 from cogvideo_ar.slot_attention import attend_slot
@@ -50,10 +52,10 @@ def decoded(model: CogVideoTransformer, layout: Any, *, quick: bool, padded: boo
     text = torch.randint(26, 40, (2, layout.text_len), generator=random)
     valid = torch.arange(layout.text_len) >= torch.tensor([[0], [layout.text_len - 1]]) if padded else None
     weight = 0.0 if padded else 1.4
-    state = model.start(text, slots[:, :first], layout, text_valid_BT=valid, text_weight=weight)
-    assert (state.quick is not None) == (model.config.hidden_size > 0 and fast_decode.applies(model))
-    if not quick:
-        state.quick = None
+    with mock.patch.object(transformer, "applies", fast_decode.applies if quick else lambda model: False):
+        state = model.start(text, slots[:, :first], layout, text_valid_BT=valid, text_weight=weight)
+    assert (state.quick is not None) == (quick and fast_decode.applies(model))
+    assert isinstance(state.caches[0].temporal, ColumnCache) == (state.quick is not None)
     return torch.stack([model.step(tokens, state) for tokens in slots[:, first:].unbind(1)], dim=1)
 
 
@@ -156,6 +158,15 @@ def test_a_large_net_is_not_copied() -> None:
     with torch.device("meta"):
         model = CogVideoTransformer(cogvideo().keyframes).half()
     assert fast_decode.packed_bytes(model) > 10 * fast_decode.MOST_BYTES
+
+
+@pytest.mark.parametrize("channel", KINDS)
+def test_the_caches_of_the_copies_have_the_predicted_bytes(channel: str) -> None:
+    model = calm_model(config := tiny_config(num_layers=2, num_heads=8, head_dim=16, **kind_of(channel)))
+    layout = keyframe_layout(config, 3)
+    state = model.start(torch.full((2, 3), 30), torch.zeros(2, layout.frame_len, dtype=torch.long), layout)
+    held = sum(cache.spatial.nbytes + cache.temporal.nbytes for cache in state.caches)
+    assert held == cache_bytes(config, layout, 2, 4, 1, columns=True) > cache_bytes(config, layout, 2, 4, 1)
 
 
 def test_the_copies_are_as_large_as_what_they_copy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def test_caches_are_allocated_once_a_run(folder: Path, monkeypatch: pytest.Monke
 
     def counted(cache: KVCache, *args: Any) -> None:
         init(cache, *args)
-        made.append(cache.kv.data_ptr())
+        made.append(cache.keys.data_ptr())
 
     monkeypatch.setattr(KVCache, "__init__", counted)
     parts = load_parts(folder, torch.float32, torch.device("cpu"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cogvideo_ar.attention import relaxed_attend
 from cogvideo_ar.config import Oddities, TransformerConfig
-from cogvideo_ar.kv_cache import KVCache
+from cogvideo_ar.kv_cache import ColumnCache, KVCache
 from cogvideo_ar.layout import (
     SequenceLayout,
     frame_slots,
@@ -224,8 +224,9 @@ def test_losses():
     torch.testing.assert_close(means[1], losses[:, 3].mean())
 
 
-def test_cache_regions():
-    cache = KVCache(1, 1, 2, [2, 3], torch.empty(0))
+@pytest.mark.parametrize("kind", [KVCache, ColumnCache])
+def test_cache_regions(kind: type[KVCache]):
+    cache = kind(1, 1, 2, [2, 3], torch.empty(0))
     one, two = torch.ones(1, 1, 1, 2), torch.full((1, 1, 2, 2), 2.0)
     cache.put(one, one, 0)
     cache.put(two, -two, 1, region=1)
@@ -234,3 +235,32 @@ def test_cache_regions():
     assert k.tolist() == two.tolist() and v.tolist() == (-two).tolist()
     with pytest.raises(ValueError, match="region of 2 positions cannot hold 3"):
         cache.put(two, two, 1)
+
+
+@torch.no_grad()
+def test_a_cache_of_columns_holds_what_the_plain_one_holds():
+    """Whatever is written, in whatever pieces: over the borders of blocks, again, to some rows only."""
+    random, sizes = torch.Generator().manual_seed(0), [150, 64, 3]
+    plain, columns = (kind(3, 2, 8, sizes, torch.zeros(0)) for kind in (KVCache, ColumnCache))
+    for size, region in ((150, 0), (64, 1), (3, 2)):
+        everything = torch.randn(2, 3, 2, size, 8, generator=random)
+        for first, end in ((0, size), (size // 2 - 1, size - 1), (size - 1, size)):
+            rows = slice(first % 2, None)
+            for cache in (plain, columns):
+                cache.of_rows(rows).put(*(x[rows, :, first:end] for x in everything), first, region)
+    for region, size in enumerate(sizes):
+        for used in {1, size // 2 + 1, size}:
+            for one, other in zip(plain.first(used, region), columns.first(used, region), strict=True):
+                assert torch.equal(one, other)
+            q = torch.randn(3, 2, 2, 8, generator=random)
+            wanted = q @ plain.first(used, region)[0].mT
+            torch.testing.assert_close(columns.scores(q, used, region), wanted)
+        positions = torch.randint(size, (5,), generator=random)
+        for one, other in zip(plain.take(positions, region), columns.take(positions, region), strict=True):
+            assert torch.equal(one, other)
+    assert columns.nbytes == plain.nbytes + 3 * 2 * 8 * 4 * ((192 - 150) + (64 - 3))
+    assert type(columns.with_regions([5, 70])) is ColumnCache and columns.with_regions([5, 70]).blocks == [
+        0,
+        1,
+        3,
+    ]

@@ -1,4 +1,4 @@
-"""Weighted sums of rows equal the product, whatever lies between the rows."""
+"""Sums of rows by weight equal the products, whatever lies between the rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.weighted_rows import weighted_rows
+from shared.cpu_attention import COLUMNS, column_scores, weighted_rows
 
 
 def given(dtype: torch.dtype, queries: int, used: int) -> tuple[Tensor, Tensor]:
@@ -38,3 +38,15 @@ def test_what_cannot_be_a_table_is_a_product() -> None:
     weights.requires_grad_()
     weighted_rows(weights, v).sum().backward()
     assert weights.grad is not None and torch.equal(weighted_rows(weights, v), product)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("used", [1, COLUMNS, COLUMNS + 1, 3 * COLUMNS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_columns_are_the_product(dtype: torch.dtype, queries: int, used: int) -> None:
+    random = torch.Generator().manual_seed(used)
+    keys = torch.randn(2, 3, 5, 8, COLUMNS, generator=random).to(dtype)[:, :, 1:]  # a region before it
+    q = torch.randn(2, 3, queries, 8, generator=random).to(dtype)
+    rows = keys.mT.flatten(2, 3)[:, :, :used]
+    with torch.no_grad():
+        torch.testing.assert_close(column_scores(q, keys, used), q @ rows.mT)
