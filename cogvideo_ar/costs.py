@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from cogvideo_ar import fast_decode
-from cogvideo_ar.attention import layer_kinds, region_slots
+from cogvideo_ar.attention import layer_kinds
 from cogvideo_ar.config import CogVideoConfig, SuperResolutionConfig, TransformerConfig, VQVAEConfig
 from cogvideo_ar.kv_cache import COLUMNS, num_blocks
 from cogvideo_ar.layout import (
@@ -26,6 +26,7 @@ from cogvideo_ar.layout import (
 from cogvideo_ar.options import PIXELS_PER_TOKEN, Plan
 from cogvideo_ar.super_resolution.direct import CELLS_PER_DRAW
 from cogvideo_ar.super_resolution.iterative import cell_levels
+from cogvideo_ar.transformer import region_sizes
 from cogvideo_ar.vqvae import ATTENTION_LEVEL
 from cogvideo_ar.wavefront import wavefront_schedule
 from shared.costs import Part, StageCost, attention, convolution, linear, pointwise, repeated
@@ -96,22 +97,11 @@ def cache_bytes(
 ) -> int:
     """Keys and values of both channels; `lanes` frames are under way at once. `columns`: keys in whole blocks
     (`kv_cache.ColumnCache`)."""
-    spatial = [layout.text_len + layout.frame_len] * lanes
-    layers = [spatial] * config.num_layers + [
-        [layout.text_len + layout.num_frames * len(slots) for slots in regions]
-        for regions in _regions(config, layout)
-    ]
-    keys = [COLUMNS * num_blocks(region) if columns else region for layer in layers for region in layer]
-    return rows * config.hidden_size * size * (sum(keys) + sum(map(sum, layers)))
-
-
-def _regions(config: TransformerConfig, layout: SequenceLayout) -> Iterator[list[torch.Tensor]]:
-    """Regions of the temporal cache, for every layer."""
-    if layout.base_only:
-        return
-    kinds = [region_slots(layout, config.window, kind) for kind in range(2 if config.window else 1)]
-    for layer in range(config.num_layers):
-        yield kinds[layer % len(kinds)]
+    sizes = [layout.text_len + layout.frame_len] * lanes * config.num_layers
+    kinds = [region_sizes(config, layout, kind) for kind in range(2 if config.window else 1)]
+    sizes += [one for layer in range(config.num_layers) for one in kinds[layer % len(kinds)]]
+    keys = [COLUMNS * num_blocks(one) for one in sizes] if columns else sizes
+    return rows * config.hidden_size * size * (sum(keys) + sum(sizes))
 
 
 # ---- prefill and steps

@@ -24,7 +24,8 @@ from cogvideo_ar.sampling import guide
 from cogvideo_ar.transformer import CogVideoTransformer, DecodeState
 
 MOST_GUESSES = 7
-LEAST_RIGHT = 0.3  # of a frame's guesses; below it the next frames are made without
+LEAST_RIGHT = 0.3  # of a frame's guesses; below it the rest is made without
+FEWEST_GUESSES = 64  # after which a frame is judged before its end
 ONE_BY_ONE = ("cpu",)  # devices that draw no place behind a wrong guess; others would be waited for each time
 
 SampleRun = Callable[[Tensor, int], Tensor]  # (logits [P, V], number of the first token) -> tokens [P]
@@ -67,7 +68,7 @@ def generate_tokens_with_guesses(
         while steps.slot < frame_len:
             count(steps.advance(lambda logits, slot, first=first: draw(logits, first + slot)))
         frames_FS[frame] = steps.tokens_S
-        most = 0 if steps.guessed and steps.right < LEAST_RIGHT * steps.guessed else most
+        most = most if steps.pays else 0
     return frames_FS[None]
 
 
@@ -99,8 +100,14 @@ class _Frame:
         accepted = self._draw_until_wrong(logits_RPV, guesses_P, draw)
         self.slot += accepted + 1
         self.right, self.guessed = self.right + accepted, self.guessed + min(accepted + 1, len(guesses_P))
+        if self.guessed >= FEWEST_GUESSES and not self.pays:
+            self.most = 0
         self.guesses = min(self.most, accepted + 1)
         return accepted + 1
+
+    @property
+    def pays(self) -> bool:
+        return self.right >= LEAST_RIGHT * self.guessed
 
     def _draw_until_wrong(self, logits_RPV: Tensor, guesses_P: Tensor, draw: SampleRun) -> int:
         """Draw tokens into their slots; how many are as guessed before the first that is not."""

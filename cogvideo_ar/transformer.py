@@ -142,12 +142,16 @@ def layer_cache(
     steps on the CPU."""
     made = ColumnCache if columns else KVCache
     shape = (like.shape[0], config.num_heads, config.head_dim)
-    regions = [] if layout.base_only else region_slots(layout, config.window, layer)
-    sizes = [layout.text_len + layout.num_frames * len(slots) for slots in regions]
     return LayerCache(
         spatial=made(*shape, [layout.text_len + layout.frame_len], like),
-        temporal=made(*shape, sizes, like),
+        temporal=made(*shape, region_sizes(config, layout, layer), like),
     )
+
+
+def region_sizes(config: TransformerConfig, layout: SequenceLayout, layer: int) -> list[int]:
+    """Positions of every region of a layer's temporal cache; none where the channel is left out."""
+    regions = [] if layout.base_only else region_slots(layout, config.window, layer)
+    return [layout.text_len + layout.num_frames * len(slots) for slots in regions]
 
 
 class CogVideoTransformer(nn.Module):

@@ -102,6 +102,14 @@ def test_wrong_guesses_end_the_guessing(monkeypatch: pytest.MonkeyPatch) -> None
     assert max(steps) > 1 and steps[-48:] == [1] * 48
 
 
+def test_a_frame_whose_first_guesses_are_wrong_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculation, "LEAST_RIGHT", 1.1)
+    monkeypatch.setattr(speculation, "FEWEST_GUESSES", 3)
+    layout, model = keyframe_layout(tiny_config(), 2), wild_model(tiny_config())
+    steps = Run(generate_tokens_with_guesses, model, layout, 0.0).steps[1:]
+    assert steps[0] > 1 and steps[3:] == [1] * (len(steps) - 3)
+
+
 def test_refusals() -> None:
     config = tiny_config()
     layout, model = keyframe_layout(config, 1), wild_model(config)
