@@ -21,6 +21,7 @@ from torch import Tensor
 from cogvideo_ar.kv_cache import LayerCache
 from cogvideo_ar.layout import SequenceLayout, near_frames, near_slots, region_ids, window_slots
 from shared.attention import attend
+from shared.cpu_attention import attend_in_blocks, takes_blocks
 
 
 class AttentionContext(Protocol):
@@ -174,7 +175,7 @@ class FullAttention:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         if self.dropout:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self.dropout)
-        return attend(q, k, v, bias=bias)
+        return (attend_in_blocks if takes_blocks(q, k) else attend)(q, k, v, bias=bias)
 
 
 def layer_kinds(layout: SequenceLayout, window: int) -> tuple[bool, ...]:

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.attention import attend
-from shared.cpu_linear import apply_linear, has_quick_linear, quick_linear
+from shared.cpu_attention import attend_in_blocks
+from shared.cpu_linear import apply_linear
 
 if TYPE_CHECKING:
     from cogvideox_diff.transformer import Attention, ExpertAdaLayerNorm, ExpertBlock, Rope
 
 FEWEST_VALUES = 2**17  # tokens * width: below it the number of operators counts, not what they do
 FEWEST_TOKENS = 1024  # for attention in blocks
-BLOCK_ROWS = 512
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate [D]
 Modulations = tuple[Modulation, Modulation]  # of the text and of the video
@@ -112,18 +112,3 @@ def quick_attend(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
     if rows > 1 or not long or q_BNSD.device.type != "cpu" or not applies(q_BNSD):
         return attend(q_BNSD, k_BNSD, v_BNSD)
     return attend_in_blocks(q_BNSD, k_BNSD, v_BNSD)
-
-
-def attend_in_blocks(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor) -> Tensor:
-    """Softmax attention of one sample by matrix products of its dtype: torch's own kernel for the CPU works
-    in float32 whatever the dtype, and by MKL."""
-    q_NSD, k_NSD, v_NSD = q_BNSD[0] * q_BNSD.shape[-1] ** -0.5, k_BNSD[0], v_BNSD[0]
-    out_SND = torch.empty_like(q_NSD.transpose(0, 1))
-    if has_quick_linear(q_NSD):
-        for head, (q, k, v) in enumerate(zip(q_NSD, k_NSD.contiguous(), v_NSD.mT.contiguous(), strict=True)):
-            for out, rows in zip(out_SND.split(BLOCK_ROWS), q.split(BLOCK_ROWS), strict=True):
-                out[:, head] = quick_linear(quick_linear(rows, k).softmax(-1), v)
-    else:
-        for out, rows in zip(out_SND.split(BLOCK_ROWS), q_NSD.split(BLOCK_ROWS, dim=1), strict=True):
-            out.copy_(((rows @ k_NSD.mT).softmax(-1) @ v_NSD).transpose(0, 1))
-    return out_SND.transpose(0, 1)[None]

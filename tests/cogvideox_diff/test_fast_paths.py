@@ -19,6 +19,7 @@ from cogvideox_diff.transformer import Attention, ExpertTransformer
 from cogvideox_diff.vae import blocks, fast, winograd
 from cogvideox_diff.vae.autoencoder import CausalVAE
 from cogvideox_diff.vae.causal_conv import CausalConv3d, ClipContext, conv_by_taps, convolve_extended
+from shared import cpu_attention
 from shared.cpu_linear import apply_linear, quick_linear
 from shared.memory import peak_bytes
 
@@ -49,7 +50,7 @@ def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the smallest block takes the quick form, in several blocks of rows."""
     monkeypatch.setattr(fast_block, "FEWEST_VALUES", 1)
     monkeypatch.setattr(fast_block, "FEWEST_TOKENS", 1)
-    monkeypatch.setattr(fast_block, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 7)
 
 
 @pytest.mark.parametrize("position", ["rope", "sincos", "rope+learned"])
@@ -89,9 +90,10 @@ def test_a_kernel_of_ones_own_is_called(tiny_blocks: None) -> None:
     assert calls == [(1, 3, 9, 16)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_quick_linear(gelu: bool) -> None:
-    layer, x = nn.Linear(6, 5), torch.randn(2, 3, 6)
+def test_quick_linear(gelu: bool, dtype: torch.dtype) -> None:
+    layer, x = nn.Linear(6, 5).to(dtype), torch.randn(2, 3, 6).to(dtype)
     plain = F.gelu(layer(x), approximate="tanh") if gelu else layer(x)
     with torch.no_grad():
         torch.testing.assert_close(quick_linear(x, layer.weight, layer.bias, gelu=gelu), plain)

@@ -1,4 +1,4 @@
-"""Sums of rows by weight equal the products, whatever lies between the rows."""
+"""Attention on the CPU by other operators is the same function."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared import cpu_attention
+from shared.attention import attend
 from shared.cpu_attention import COLUMNS, column_scores, weighted_rows
 
 
@@ -50,3 +52,29 @@ def test_scores_of_columns_are_the_product(dtype: torch.dtype, queries: int, use
     rows = keys.mT.flatten(2, 3)[:, :, :used]
     with torch.no_grad():
         torch.testing.assert_close(column_scores(q, keys, used), q @ rows.mT)
+
+
+@pytest.mark.parametrize("bias_rows", [None, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_blocks(
+    dtype: torch.dtype, bias_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "BLOCK_ROWS", 7)
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, size, 8, generator=random).to(dtype) for size in (17, 20, 20))
+    bias = None if bias_rows is None else torch.randn(bias_rows, 1, 17, 20, generator=random).to(dtype)
+    with torch.no_grad():
+        got = cpu_attention.attend_in_blocks(q, k, v, bias=bias)
+        wanted = attend(q.float(), k.float(), v.float(), bias=None if bias is None else bias.float())
+    torch.testing.assert_close(got.float(), wanted, atol=1e-6 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
+def test_where_blocks_pay() -> None:
+    q, k = torch.zeros(1, 1, 256, 4), torch.zeros(1, 1, 256, 4)
+    assert not cpu_attention.takes_blocks(q, k)  # with gradients
+    with torch.no_grad():
+        assert cpu_attention.takes_blocks(q, k) == torch.backends.mkldnn.is_available()
+        assert cpu_attention.takes_blocks(q.bfloat16(), k.bfloat16())
+        assert not cpu_attention.takes_blocks(q[:, :, :255], k)
+        assert not cpu_attention.takes_blocks(q.double(), k.double())
+        assert not cpu_attention.takes_blocks(q.to("meta"), k)
