@@ -32,6 +32,7 @@ from shared.clips import shapes
 from shared.config_io import to_plain
 from shared.errors import SettingError
 from shared.files import write_json
+from shared.interruptions import raise_if_interrupted
 from shared.protocol import GenerationRequest, GenerationResult, VideoCodec, VideoGenerator
 from shared.video import Video
 
@@ -336,6 +337,7 @@ def diagnose(bench: Bench, clip: dict[str, Any]) -> None:
         found = ask([load_frames(bench.folder.clips, clip)], [clip["prompt"]])
         values = {f"{diagnostics.NAME}/{name}": value[0] for name, value in found.items()}
     except (ValueError, RuntimeError) as error:  # clips that do not fit this model are no failure
+        raise_if_interrupted(error)
         reason = str(error)
     marked = {"settings_hash": clip_hash(bench.settings_hash, clip), "values": values, "refused": reason}
     write_json(bench.folder.diagnostics(bench.model) / f"{clip['id']}.json", {**named(clip), **marked})

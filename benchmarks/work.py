@@ -15,6 +15,7 @@ from benchmarks.metrics import digest
 from benchmarks.storage import read_json
 from shared.errors import UserError
 from shared.files import write_json
+from shared.interruptions import raise_if_interrupted
 
 POLL = 0.1  # seconds between two looks at what others are making
 DEATHS = 3  # of workers that were making an item, after which it counts as failed
@@ -103,6 +104,7 @@ class Desk:
         try:
             task.make()
         except (UserError, ValueError, RuntimeError) as error:  # of this item; the others are worth making
+            raise_if_interrupted(error)
             note_failure(self.failures, task.name, f"{type(error).__name__}: {error}", self.claims.run)
             return
         self._failure_path(task.name).unlink(missing_ok=True)

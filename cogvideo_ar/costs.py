@@ -97,11 +97,12 @@ def cache_bytes(
 ) -> int:
     """Keys and values of both channels; `lanes` frames are under way at once. `columns`: keys in whole blocks
     (`kv_cache.ColumnCache`)."""
-    sizes = [layout.text_len + layout.frame_len] * lanes * config.num_layers
+    spatial = [layout.text_len + layout.frame_len] * lanes * config.num_layers
     kinds = [region_sizes(config, layout, kind) for kind in range(2 if config.window else 1)]
-    sizes += [one for layer in range(config.num_layers) for one in kinds[layer % len(kinds)]]
-    keys = [COLUMNS * num_blocks(one) for one in sizes] if columns else sizes
-    return rows * config.hidden_size * size * (sum(keys) + sum(sizes))
+    temporal = [one for layer in range(config.num_layers) for one in kinds[layer % len(kinds)]]
+    in_columns = spatial + ([] if any(config.extent) else temporal) if columns else []
+    padding = sum(COLUMNS * num_blocks(one) - one for one in in_columns)
+    return rows * config.hidden_size * size * (2 * sum(spatial + temporal) + padding)
 
 
 # ---- prefill and steps

@@ -22,7 +22,7 @@ from cogvideo_ar.graph_step import GraphStep
 from cogvideo_ar.kv_cache import ColumnCache, KVCache, LayerCache
 from cogvideo_ar.layout import SequenceLayout, text_positions
 from cogvideo_ar.slot_attention import Place, SlotAttention
-from shared.cpu_attention import has_bags
+from shared.cpu_attention import bags_take
 from shared.cpu_linear import apply_linear
 from shared.graphs import Capture
 
@@ -139,12 +139,13 @@ def layer_cache(
     config: TransformerConfig, layout: SequenceLayout, layer: int, like: Tensor, *, columns: bool = False
 ) -> LayerCache:
     """Room for the keys and values of one layer; `like` [B, ...] gives rows, dtype and device. `columns`: for
-    steps on the CPU."""
-    made = ColumnCache if columns else KVCache
+    steps on the CPU, but where keys are picked by place (3D local attention)."""
+    spatial = ColumnCache if columns else KVCache
+    temporal = KVCache if any(config.extent) else spatial
     shape = (like.shape[0], config.num_heads, config.head_dim)
     return LayerCache(
-        spatial=made(*shape, [layout.text_len + layout.frame_len], like),
-        temporal=made(*shape, region_sizes(config, layout, layer), like),
+        spatial=spatial(*shape, [layout.text_len + layout.frame_len], like),
+        temporal=temporal(*shape, region_sizes(config, layout, layer), like),
     )
 
 
@@ -287,7 +288,7 @@ class CogVideoTransformer(nn.Module):
         state = DecodeState(
             layout=layout,
             caches=[
-                layer_cache(self.config, layout, layer, like, columns=quick and has_bags(like))
+                layer_cache(self.config, layout, layer, like, columns=quick and bags_take(like.dtype))
                 for layer in range(self.config.num_layers)
             ],
             context=steps,

@@ -15,18 +15,18 @@ Legend: B rows, N heads, P few and L many queries, S keys, D head dim, C blocks 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
-from shared.cpu_linear import has_quick_linear, quick_linear
+from shared.cpu_linear import has_quick_bfloat16, has_quick_linear, quick_linear
 
 BLOCK_ROWS = 512  # queries at once
 FEWEST_SCORES = 2**16  # of a head, below which the number of operators counts
 COLUMNS = 64  # of a block of keys
 WEIGHTED_SUM = 0  # the mode's number
-DTYPES = (torch.float32, torch.bfloat16)
+CPU = torch.device("cpu")  # whatever the default is: what is kept must be there
 
 
 def takes_blocks(q_BNLD: Tensor, k_BNSD: Tensor) -> bool:
@@ -35,7 +35,7 @@ def takes_blocks(q_BNLD: Tensor, k_BNSD: Tensor) -> bool:
         return False
     if q_BNLD.shape[2] * k_BNSD.shape[2] < FEWEST_SCORES:
         return False
-    return q_BNLD.dtype == torch.bfloat16 or has_quick_linear(q_BNLD)
+    return has_quick_linear(q_BNLD) or (q_BNLD.dtype == torch.bfloat16 and has_quick_bfloat16())
 
 
 def attend_in_blocks(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -59,9 +59,15 @@ def attend_in_blocks(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, *, bias: Te
 
 def has_bags(like: Tensor) -> bool:
     """Whether tensors of this kind may be summed so: without gradients, and not within torch.compile."""
-    if like.device.type != "cpu" or like.dtype not in DTYPES or torch.is_grad_enabled():
+    if like.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return not torch.compiler.is_compiling() and "fbgemm" in torch.backends.quantized.supported_engines
+    return bags_take(like.dtype)
+
+
+@cache
+def bags_take(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU has them for a dtype."""
+    return dtype in (torch.float32, torch.bfloat16) and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def weighted_rows(weights_BNPS: Tensor, v_BNSD: Tensor) -> Tensor:
@@ -95,31 +101,34 @@ def _bags(first: Tensor, places: Tensor, starts: Tensor, weights: Tensor) -> Ten
     return torch.embedding_bag(table, places, starts, False, WEIGHTED_SUM, False, weights.reshape(-1))[0]
 
 
-@lru_cache(maxsize=8)  # all layers of a step ask for the same few
+@lru_cache(maxsize=32)  # all layers of a step ask for the same few, of every slot of a wave
 def _places_of_values(
     rows: int, heads: int, queries: int, keys: int, row_step: int, head_step: int
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # whoever asks next may want them outside of it
         first_BN = _first(rows, heads, row_step, head_step)
-        places_BNPS = (first_BN[:, :, None, None] + torch.arange(keys)).expand(-1, -1, queries, -1)
+        places_BNPS = (first_BN[:, :, None, None] + torch.arange(keys, device=CPU)).expand(
+            -1, -1, queries, -1
+        )
         return places_BNPS.flatten().int(), _starts(rows * heads * queries, keys)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _places_of_columns(
     rows: int, heads: int, queries: int, blocks: int, dim: int, row_step: int, head_step: int
 ) -> tuple[Tensor, Tensor]:
     """A block's queries behind one another, so that it is read once."""
     with torch.inference_mode(False):
         first_BN = _first(rows, heads, row_step, head_step)
-        places_BNCD = first_BN[:, :, None, None] + torch.arange(blocks * dim).view(blocks, dim)
+        places_BNCD = first_BN[:, :, None, None] + torch.arange(blocks * dim, device=CPU).view(blocks, dim)
         places = places_BNCD[:, :, :, None].expand(-1, -1, -1, queries, -1)
         return places.flatten().int(), _starts(rows * heads * blocks * queries, dim)
 
 
 def _first(rows: int, heads: int, row_step: int, head_step: int) -> Tensor:
-    return torch.arange(rows)[:, None] * row_step + torch.arange(heads) * head_step
+    first_B, first_N = (torch.arange(size, device=CPU) for size in (rows, heads))
+    return first_B[:, None] * row_step + first_N * head_step
 
 
 def _starts(bags: int, size: int) -> Tensor:
-    return torch.arange(bags, dtype=torch.int32) * size
+    return torch.arange(bags, dtype=torch.int32, device=CPU) * size

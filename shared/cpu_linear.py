@@ -18,9 +18,10 @@ def has_quick_linear(x: Tensor) -> bool:
     return x.dtype == torch.float32 and _may_name_onednn(x)
 
 
-def _fuses_gelu(x: Tensor) -> bool:
-    """Half precision goes to oneDNN anyway, but its GELU is a pass of its own."""
-    return x.dtype == torch.bfloat16 and _may_name_onednn(x) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def has_quick_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this CPU; elsewhere torch does, slowly."""
+    mkldnn = torch.backends.mkldnn
+    return mkldnn.is_available() and mkldnn.enabled and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _may_name_onednn(x: Tensor) -> bool:
@@ -31,7 +32,11 @@ def _may_name_onednn(x: Tensor) -> bool:
 
 def quick_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """`F.linear`, by oneDNN where it may; rounding differs. `gelu`: and then GELU (tanh)."""
-    quick = has_quick_linear(x) or (gelu and _fuses_gelu(x))
+    quick = has_quick_linear(x)
+    if (
+        gelu and x.dtype == torch.bfloat16
+    ):  # its products are oneDNN's anyway, but the GELU is a pass of its own
+        quick = _may_name_onednn(x) and has_quick_bfloat16()
     if quick and type(weight) in (Tensor, nn.Parameter) and weight.dtype == x.dtype and x.numel():
         after, kind = ("gelu", "tanh") if gelu else ("none", "")
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, after, [], kind)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from shared.errors import BatchError, OutputCheckError, OutputPathError, SettingError, UserError
 from shared.files import atomic_path, remove_leftovers, write_json
+from shared.interruptions import raise_if_interrupted
 from shared.json_files import read_json
 from shared.protocol import GenerationRequest, GenerationResult, VideoGenerator
 from shared.verbs import add_output_flags, say
@@ -267,6 +268,7 @@ def _make_all(
         except OutputPathError:
             raise
         except UserError as error:  # of this item; the others are worth making
+            raise_if_interrupted(error)
             made.errors.append(error)
             made.records.append(entry | {"status": "failed", "reason": str(error)})
             continue

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
 from shared.config_cli import INTERRUPTED, FlagParser, run
 from shared.config_io import to_plain
+from shared.interruptions import interrupting_signals, raise_if_interrupted
 from shared.json_files import encodable
 
 
@@ -70,41 +68,17 @@ def say(options: argparse.Namespace, content: Mapping[str, Any], lines: Sequence
 
 
 def interruptible(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """`shared.config_cli.run`, where SIGTERM interrupts as Ctrl-C does, so that temporary files go. Native
-    code may lose the interruption and fail in words of its own, which nobody should read: it counts."""
-    with _noted_signals() as signals:
+    """`shared.config_cli.run`, where SIGTERM interrupts as Ctrl-C does, so that temporary files go."""
 
-        def until_interrupted(arguments: Sequence[str]) -> int | None:
-            try:
-                return main(arguments)
-            except Exception as error:
-                if signals:
-                    raise KeyboardInterrupt from error
-                raise
+    def until_interrupted(arguments: Sequence[str]) -> int | None:
+        try:
+            return main(arguments)
+        except Exception as error:
+            raise_if_interrupted(error)
+            raise
 
+    with interrupting_signals():
         try:
             return run(until_interrupted, argv)
         except KeyboardInterrupt:  # while an interruption was being reported
             return INTERRUPTED
-
-
-@contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """The numbers of the signals that have interrupted this process."""
-    came: list[int] = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
-        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -22,6 +22,7 @@ from cogvideo_ar.slot_attention import attend_slot
 from cogvideo_ar.transformer import CogVideoTransformer
 from cogvideo_ar.wavefront import generate_tokens_in_waves
 from shared.attention import attend
+from shared.cpu_attention import bags_take
 from shared.memory import peak_bytes
 from tests.cogvideo_ar.tiny import NUM_IMAGE_TOKENS, configs, kind_of, tiny_config, wild_model
 
@@ -55,7 +56,9 @@ def decoded(model: CogVideoTransformer, layout: Any, *, quick: bool, padded: boo
     with mock.patch.object(transformer, "applies", fast_decode.applies if quick else lambda model: False):
         state = model.start(text, slots[:, :first], layout, text_valid_BT=valid, text_weight=weight)
     assert (state.quick is not None) == (quick and fast_decode.applies(model))
-    assert isinstance(state.caches[0].temporal, ColumnCache) == (state.quick is not None)
+    columns = state.quick is not None and bags_take(model.word_embeddings.weight.dtype)
+    assert isinstance(state.caches[0].spatial, ColumnCache) == columns
+    assert isinstance(state.caches[0].temporal, ColumnCache) == (columns and not any(model.config.extent))
     return torch.stack([model.step(tokens, state) for tokens in slots[:, first:].unbind(1)], dim=1)
 
 
@@ -166,7 +169,8 @@ def test_the_caches_of_the_copies_have_the_predicted_bytes(channel: str) -> None
     layout = keyframe_layout(config, 3)
     state = model.start(torch.full((2, 3), 30), torch.zeros(2, layout.frame_len, dtype=torch.long), layout)
     held = sum(cache.spatial.nbytes + cache.temporal.nbytes for cache in state.caches)
-    assert held == cache_bytes(config, layout, 2, 4, 1, columns=True) > cache_bytes(config, layout, 2, 4, 1)
+    assert held == cache_bytes(config, layout, 2, 4, 1, columns=bags_take(torch.float32))
+    assert cache_bytes(config, layout, 2, 4, 1, columns=True) > cache_bytes(config, layout, 2, 4, 1)
 
 
 def test_the_copies_are_as_large_as_what_they_copy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideo_ar import memory
+from cogvideo_ar import fast_decode, memory
 from cogvideo_ar.__main__ import main
 from cogvideo_ar.config import cogvideo, cogview2_dsr
-from cogvideo_ar.kv_cache import KVCache
+from cogvideo_ar.kv_cache import ColumnCache, KVCache
 from cogvideo_ar.memory import advice, resolve_offload
 from cogvideo_ar.options import Options, resolve
 from cogvideo_ar.parts import Parts, load_parts, save_parts
 from cogvideo_ar.pipeline import CogVideoPipeline
 from cogvideo_ar.transformer import CogVideoTransformer
+from shared.cpu_attention import bags_take
 from shared.errors import OutOfMemoryError, SettingError
 from shared.offload import Placement, Weights
 from tests.cogvideo_ar.tiny_pipeline import tiny_parts
@@ -206,21 +207,31 @@ def test_the_command_line_ends_with_4(
 # ---- loading, caches
 
 
-def test_caches_are_allocated_once_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("in_columns", [False, True])
+def test_caches_are_allocated_once_a_run(folder: Path, in_columns: bool, monkeypatch: pytest.MonkeyPatch):
     """A buffer a channel and layer for every run of the loop over slots, however many tokens it draws; in
     waves one more: the spatial one that the prefill fills makes room for several frames."""
-    made, init = [], KVCache.__init__
+    made: list[type[KVCache]] = []
 
-    def counted(cache: KVCache, *args: Any) -> None:
-        init(cache, *args)
-        made.append(cache.keys.data_ptr())
+    def counting(kind: type[KVCache]) -> None:
+        init = kind.__init__
 
-    monkeypatch.setattr(KVCache, "__init__", counted)
+        def counted(cache: KVCache, *args: Any) -> None:
+            init(cache, *args)
+            made.append(kind)
+
+        monkeypatch.setattr(kind, "__init__", counted)
+
+    counting(KVCache)
+    counting(ColumnCache)
+    if in_columns:
+        monkeypatch.setattr(fast_decode, "FEWEST_CHANNELS", 1)
     parts = load_parts(folder, torch.float32, torch.device("cpu"))
     layers, most = parts.config.keyframes.num_layers, parts.config.sampling.max_batch
     CogVideoPipeline(parts)(PROMPT)
     batches = [-(-blocks // most) for blocks in (2, 4)]  # of the rounds 5 to 9 and 9 to 17
     assert len(made) == layers * (2 + 2 + 3 * sum(batches))
+    assert set(made) == {ColumnCache if in_columns and bags_take(torch.float32) else KVCache}
 
 
 MEASURE = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from shared import cpu_attention
 from shared.attention import attend
 from shared.cpu_attention import COLUMNS, column_scores, weighted_rows
+from shared.cpu_linear import has_quick_bfloat16
 
 
 def given(dtype: torch.dtype, queries: int, used: int) -> tuple[Tensor, Tensor]:
@@ -23,10 +26,25 @@ def given(dtype: torch.dtype, queries: int, used: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_to_the_product(dtype: torch.dtype, queries: int, used: int) -> None:
     weights, v = given(dtype, queries, used)
+    with torch.no_grad(), mock.patch.object(torch, "embedding_bag", wraps=torch.embedding_bag) as bags:
+        torch.testing.assert_close(weighted_rows(weights, v), weights @ v)
+        before = cpu_attention._places_of_values.cache_info().hits
+        _, other = given(dtype, queries, used)
+        other *= 2  # the same places of another table
+        torch.testing.assert_close(weighted_rows(weights, other), weights @ other)
+    if cpu_attention.bags_take(dtype):
+        assert bags.call_count == 2 and cpu_attention._places_of_values.cache_info().hits == before + 1
+
+
+def test_what_is_kept_is_the_cpus_whatever_the_default_device_is() -> None:
+    weights, v = given(torch.float32, 2, 11)
+    for given_places in (cpu_attention._places_of_values, cpu_attention._places_of_columns):
+        given_places.cache_clear()
+    with torch.no_grad(), torch.device("meta"):
+        found = weighted_rows(weights, v)
+    torch.testing.assert_close(found, weights @ v)
     with torch.no_grad():
         torch.testing.assert_close(weighted_rows(weights, v), weights @ v)
-        once_more = weighted_rows(weights.flip(3), v.flip(2))  # the same places, another table
-        torch.testing.assert_close(once_more, weights @ v)
 
 
 def test_what_cannot_be_a_table_is_a_product() -> None:
@@ -74,7 +92,7 @@ def test_where_blocks_pay() -> None:
     assert not cpu_attention.takes_blocks(q, k)  # with gradients
     with torch.no_grad():
         assert cpu_attention.takes_blocks(q, k) == torch.backends.mkldnn.is_available()
-        assert cpu_attention.takes_blocks(q.bfloat16(), k.bfloat16())
+        assert cpu_attention.takes_blocks(q.bfloat16(), k.bfloat16()) == has_quick_bfloat16()
         assert not cpu_attention.takes_blocks(q[:, :, :255], k)
         assert not cpu_attention.takes_blocks(q.double(), k.double())
         assert not cpu_attention.takes_blocks(q.to("meta"), k)
