@@ -30,6 +30,7 @@ from cogvideo_ar.transformer import region_sizes
 from cogvideo_ar.vqvae import ATTENTION_LEVEL
 from cogvideo_ar.wavefront import wavefront_schedule
 from shared.costs import Part, StageCost, attention, convolution, linear, pointwise, repeated
+from shared.cpu_attention import bags_take
 
 CODEC_FRAMES = 16  # that pass the image codec together
 CODEC_SIZE = 4  # bytes: the codec is always float32
@@ -422,9 +423,9 @@ def _token_cost(name: str, net: str, stages: list[TokenStage], dtype: torch.dtyp
     block = block_params(
         config, channels=1 if config.temporal == "none" else 2, mix=config.temporal != "none"
     )
-    steps, caches, works, parts = zip(
-        *(stage.cost(size, columns=copies > 0) for stage in stages), strict=True
-    )
+    columns = copies > 0 and bags_take(dtype)
+    costs = (stage.cost(size, columns=columns) for stage in stages)
+    steps, caches, works, parts = zip(*costs, strict=True)
     runs = sum(stage.runs for stage in stages)
     return StageCost(
         name=name,

@@ -107,10 +107,9 @@ def _places_of_values(
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # whoever asks next may want them outside of it
         first_BN = _first(rows, heads, row_step, head_step)
-        places_BNPS = (first_BN[:, :, None, None] + torch.arange(keys, device=CPU)).expand(
-            -1, -1, queries, -1
-        )
-        return places_BNPS.flatten().int(), _starts(rows * heads * queries, keys)
+        places_BN1S = first_BN[:, :, None, None] + torch.arange(keys, device=CPU)
+        places = places_BN1S.expand(-1, -1, queries, -1)
+        return places.flatten().int(), _starts(rows * heads * queries, keys)
 
 
 @lru_cache(maxsize=32)
