@@ -14,7 +14,6 @@ import torch
 from cogvideo_ar import fast_decode
 from cogvideo_ar.attention import layer_kinds
 from cogvideo_ar.config import CogVideoConfig, SuperResolutionConfig, TransformerConfig, VQVAEConfig
-from cogvideo_ar.kv_cache import COLUMNS, num_blocks
 from cogvideo_ar.layout import (
     SequenceLayout,
     image_layout,
@@ -30,7 +29,7 @@ from cogvideo_ar.transformer import region_sizes
 from cogvideo_ar.vqvae import ATTENTION_LEVEL
 from cogvideo_ar.wavefront import wavefront_schedule
 from shared.costs import Part, StageCost, attention, convolution, linear, pointwise, repeated
-from shared.cpu_attention import bags_take
+from shared.cpu_attention import COLUMNS, bags_take, num_blocks
 
 CODEC_FRAMES = 16  # that pass the image codec together
 CODEC_SIZE = 4  # bytes: the codec is always float32

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from shared.cpu_attention import COLUMNS, column_scores
+from shared.cpu_attention import COLUMNS, column_scores, num_blocks
 
 
 class KVCache:
@@ -99,11 +99,6 @@ class ColumnCache(KVCache):
     def scores(self, q_BNPD: Tensor, num_keys: int, region: int = 0) -> Tensor:
         """`q @ k.mT` of the region's first keys [B, N, P, num_keys]."""
         return column_scores(q_BNPD, self.keys[:, :, self.blocks[region] :], num_keys)
-
-
-def num_blocks(positions: int) -> int:
-    """Blocks of columns for so many positions of a region."""
-    return -(-positions // COLUMNS)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from shared.cpu_linear import has_quick_bfloat16, has_quick_linear, quick_linear
+from shared.cpu_linear import has_quick_bfloat16, has_quick_linear, quick_linear, takes_own_paths
 
 BLOCK_ROWS = 512  # queries at once
 FEWEST_SCORES = 2**16  # of a head, below which the number of operators counts
@@ -31,9 +31,7 @@ CPU = torch.device("cpu")  # whatever the default is: what is kept must be there
 
 def takes_blocks(q_BNLD: Tensor, k_BNSD: Tensor) -> bool:
     """Whether `attend_in_blocks` may be called, and pays."""
-    if q_BNLD.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if q_BNLD.shape[2] * k_BNSD.shape[2] < FEWEST_SCORES:
+    if not takes_own_paths(q_BNLD) or q_BNLD.shape[2] * k_BNSD.shape[2] < FEWEST_SCORES:
         return False
     return has_quick_linear(q_BNLD) or (q_BNLD.dtype == torch.bfloat16 and has_quick_bfloat16())
 
@@ -59,9 +57,7 @@ def attend_in_blocks(q_BNLD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, *, bias: Te
 
 def has_bags(like: Tensor) -> bool:
     """Whether tensors of this kind may be summed so: without gradients, and not within torch.compile."""
-    if like.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return bags_take(like.dtype)
+    return takes_own_paths(like) and bags_take(like.dtype)
 
 
 @cache
@@ -85,12 +81,17 @@ def weighted_rows(weights_BNPS: Tensor, v_BNSD: Tensor) -> Tensor:
 def column_scores(q_BNPD: Tensor, keys_BNCDK: Tensor, num_keys: int) -> Tensor:
     """`q @ k.mT` [B, N, P, num_keys] of keys that lie in columns, `COLUMNS` to a block."""
     rows, heads, queries, dim = q_BNPD.shape
-    blocks = -(-num_keys // COLUMNS)
+    blocks = num_blocks(num_keys)
     steps = (keys_BNCDK.stride(0) // COLUMNS, keys_BNCDK.stride(1) // COLUMNS)
     places, starts = _places_of_columns(rows, heads, queries, blocks, dim, *steps)
     weights = q_BNPD[:, :, None].expand(rows, heads, blocks, queries, dim)
     sums = _bags(keys_BNCDK, places, starts, weights).view(rows, heads, blocks, queries, COLUMNS)
     return sums.transpose(2, 3).flatten(3)[..., :num_keys]
+
+
+def num_blocks(keys: int) -> int:
+    """Blocks of columns that hold so many keys."""
+    return -(-keys // COLUMNS)
 
 
 def _bags(first: Tensor, places: Tensor, starts: Tensor, weights: Tensor) -> Tensor:

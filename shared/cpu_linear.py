@@ -25,9 +25,15 @@ def has_quick_bfloat16() -> bool:
 
 
 def _may_name_onednn(x: Tensor) -> bool:
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    return (
+        takes_own_paths(x) and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def takes_own_paths(x: Tensor) -> bool:
+    """Whether operators that have no gradient, and that torch.compile does not know, may be called on `x`: on
+    the CPU."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def quick_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:

@@ -259,8 +259,5 @@ def test_a_cache_of_columns_holds_what_the_plain_one_holds():
         for one, other in zip(plain.take(positions, region), columns.take(positions, region), strict=True):
             assert torch.equal(one, other)
     assert columns.nbytes == plain.nbytes + 3 * 2 * 8 * 4 * ((192 - 150) + (64 - 3))
-    assert type(columns.with_regions([5, 70])) is ColumnCache and columns.with_regions([5, 70]).blocks == [
-        0,
-        1,
-        3,
-    ]
+    other = columns.with_regions([5, 70])
+    assert type(other) is ColumnCache and other.blocks == [0, 1, 3]
